@@ -368,7 +368,8 @@ class DataLoaderLite:
 
     def permutation(self, epoch: int) -> np.ndarray:
         # RandomState's numbers are frozen by NumPy's policy, so that another version resumes the same run
-        return np.random.RandomState([self.seed, epoch]).permutation(self.num_windows).astype(np.uint32)
+        generator = np.random.RandomState(np.random.MT19937([self.seed, epoch]))
+        return generator.permutation(self.num_windows).astype(np.uint32)
 
     def window(self, s: int) -> np.ndarray:
         """The T + 1 tokens of sample s, uint16."""
@@ -731,9 +732,9 @@ def fit_micro_batch(cfg: TrainConfig, model: GPT2, forward, autocast, device: to
     while B := max((b for b in range(1, B + 1) if sequences % b == 0), default=0):
         try:
             moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
-            x = torch.zeros(B, T, dtype=torch.int64, device=device)
+            x, y = torch.zeros(2, B, T, dtype=torch.int64, device=device).unbind()  # twice one tensor would recompile
             with autocast:
-                loss = forward(x, x)[1]
+                loss = forward(x, y)[1]
             loss.backward()
             out_of_memory = False
         except torch.OutOfMemoryError:

