@@ -114,9 +114,6 @@ def say(message: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Model. Parameter names are those of OpenAI's checkpoint, so that weights travel.
 
-SIZES = ("block_size", "n_layer", "n_head", "n_embd", "pad_vocab")  # the flags that define a model
-METHODS = ("attention", "activation_checkpointing")  # those that say how to compute it
-
 
 @dataclass
 class GPT2Config:
@@ -126,7 +123,7 @@ class GPT2Config:
     n_head: int = 12
     n_embd: int = 768
     pad_vocab: bool = True  # 50,257 is odd, and matrix kernels are fastest at multiples of 128
-    attention: str = "flash"
+    attention: str = "flash"  # how to compute the model, not which: this and the next may differ between runs
     activation_checkpointing: bool = False
 
     @property
@@ -329,7 +326,7 @@ def read_shard(path: Path) -> np.ndarray:
             header = np.fromfile(path, dtype="<i4", count=256)
             if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
                 raise ValueError("the header is not that of a version 1 token file")
-            if path.stat().st_size != 1024 + 2 * header[2]:
+            if path.stat().st_size != 1024 + 2 * int(header[2]):
                 raise ValueError(f"the header promises {header[2]:,} tokens, which the size does not bear out")
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
     except (OSError, ValueError, EOFError) as error:
@@ -363,7 +360,7 @@ class DataLoaderLite:
 
     def check(self, tokens, path):
         if len(tokens) and tokens.max() >= self.vocab_size:
-            raise UserError(f"{path}: token {tokens.max()} is not in a vocabulary of {self.vocab_size}; wrong encoding?")
+            raise UserError(f"{path}: token {tokens.max()} is beyond a vocabulary of {self.vocab_size}; see --data")
         return tokens
 
     def permutation(self, epoch: int) -> np.ndarray:
@@ -417,7 +414,7 @@ def write_demo_data(folder: Path) -> None:
 # Evaluation. Nothing here touches a random number that training uses.
 
 
-def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+def sum_over_ranks(values: list[float], device) -> list[float]:
     """Add up each value over all ranks; every rank gets the sums."""
     if dist.is_initialized():
         total = torch.tensor(values, dtype=torch.float64, device=device)
@@ -571,10 +568,9 @@ def newest_checkpoint(log_dir: Path) -> dict | None:
 
 def load_weights(model: GPT2, state: dict, where: str) -> None:
     """Put a checkpoint's weights into the model. Raises UserError when it is of another size."""
-    wanted, saved = asdict(model.config), state["config"]
-    differ = [f"{k} {saved.get(k)}, not {v}" for k, v in wanted.items() if k not in METHODS and saved.get(k) != v]
-    if differ:
-        raise UserError(f"{where} holds another model: {', '.join(differ)}; change these flags, or choose another one")
+    pairs = [(name, state["config"].get(name), value) for name, value in list(asdict(model.config).items())[:-2]]
+    if differ := ", ".join(f"{name} {theirs}, not {ours}" for name, theirs, ours in pairs if theirs != ours):
+        raise UserError(f"{where} holds another model: {differ}; change these flags, or choose another one")
     model.load_state_dict(state["model"])
 
 
@@ -622,6 +618,13 @@ PEAK_TFLOPS = {  # dense, in 16 bits, TF32 and float32, from the vendors' datash
 }  # fmt: skip
 
 
+def peak_flops(cfg: TrainConfig) -> float | None:
+    """What all devices together could do at best, FLOP/s in the run's precision; None where that is not known."""
+    name = torch.cuda.get_device_name() if "cuda" in cfg.device else ""
+    column = 0 if cfg.dtype != "fp32" else 1 if cfg.tf32 else 2
+    return next((v[column] * 1e12 * WORLD_SIZE for k, v in PEAK_TFLOPS.items() if re.search(rf"\b{k}\b", name)), None)
+
+
 def get_lr(t: int, cfg: TrainConfig) -> float:
     """The learning rate of step t: linear warm-up, since Adam's first estimates are poor, then half a cosine from the
     peak down to min_lr (Loshchilov & Hutter, 2017, arXiv:1608.03983)."""
@@ -633,18 +636,17 @@ def get_lr(t: int, cfg: TrainConfig) -> float:
 
 def choose_device(name: str | None) -> torch.device:
     """The device of this process: the one asked for, else the fastest there is. Raises UserError if it isn't there."""
-    mps = torch.backends.mps.is_available() and WORLD_SIZE == 1  # it can't exchange gradients with others
+    found = dict(cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available() and WORLD_SIZE == 1), cpu=1)
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"))
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", LOCAL_RANK)
+        device = torch.device(next(kind for kind in found if found[kind]) if name is None else name)
     except RuntimeError as error:
         raise UserError(f"--device {name!r} is no device; use cpu, cuda, cuda:1 or mps") from error
-    there = {"cpu": 1, "mps": int(mps), "cuda": torch.cuda.device_count()}.get(device.type, 0)
-    if (device.index or 0) >= there:
-        raise UserError(f"device {device} is not there for this process: {there} of that kind found; see --device")
+    index = LOCAL_RANK if device.type == "cuda" and device.index is None else device.index or 0
+    if index >= found.get(device.type, 0):
+        raise UserError(f"{device.type} device {index} is not there; found: {found}; see --device")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(index)
+        device = torch.device("cuda", index)
     return device
 
 
@@ -672,23 +674,20 @@ def can_compile(device: torch.device) -> bool:
 def resolve(cfg: TrainConfig) -> torch.device:
     """Fill in what was left to auto -> the device. Raises UserError where flags contradict each other."""
     device = choose_device(cfg.device)
-    cuda, T = device.type == "cuda", cfg.sequence_length or cfg.block_size
+    cuda, T, B = device.type == "cuda", cfg.sequence_length or cfg.block_size, cfg.micro_batch_size or 1
     auto = dict(
         device=str(device), dtype=native_dtype(device), tf32=cuda, compile=cuda and cfg.model != "demo",
         fused_adamw=device.type in ("cuda", "cpu"), sequence_length=T, min_lr=0.1 * cfg.max_lr,
     )  # fmt: skip
     for name, value in auto.items():
-        if getattr(cfg, name) is None:
-            setattr(cfg, name, value)
-    B = cfg.micro_batch_size or 1
-    unit = B * T * WORLD_SIZE
+        setattr(cfg, name, value if getattr(cfg, name) is None or name == "device" else getattr(cfg, name))
     for wrong, message in (
         (cfg.n_embd % cfg.n_head, f"--n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}"),
         (cfg.block_size < T, f"--sequence_length {T} is longer than --block_size {cfg.block_size}"),
         (cfg.max_steps < cfg.warmup_steps, f"--warmup_steps {cfg.warmup_steps} exceed --max_steps {cfg.max_steps}"),
         (cfg.max_lr < cfg.min_lr, f"--min_lr {cfg.min_lr} exceeds --max_lr {cfg.max_lr}"),
-        (cfg.total_batch_size % unit, f"--total_batch_size {cfg.total_batch_size} is not a multiple of {B} sequences × "
-         f"{T} tokens × {WORLD_SIZE} processes; {max(1, cfg.total_batch_size // unit) * unit} is"),
+        (cfg.total_batch_size % (B * T * WORLD_SIZE), f"--total_batch_size {cfg.total_batch_size} is not a multiple of "
+         f"{B} sequences × {T} tokens × {WORLD_SIZE} processes = {B * T * WORLD_SIZE}"),
     ):  # fmt: skip
         if wrong:
             raise UserError(message)
@@ -698,41 +697,37 @@ def resolve(cfg: TrainConfig) -> torch.device:
 def open_data(cfg: TrainConfig) -> tuple[DataLoaderLite, DataLoaderLite, str]:
     """Loaders of the training and the validation shards, and the name of their encoding: manifest.json says, else they
     are GPT-2 tokens. Demo data that are not there are written. Raises UserError where shards are missing or wrong."""
-    folder, loaders, encoding = Path(cfg.data), [], "gpt2"
-    manifest = folder / "manifest.json"
+    folder, loaders = Path(cfg.data), []
     if folder == DEMO_DATA and not folder.exists() and LOCAL_RANK == 0:
         write_demo_data(folder)
-    sum_over_ranks([0], torch.device(cfg.device))  # the others wait for it
+    sum_over_ranks([0], cfg.device)  # the others wait for it
+    manifest = folder / "manifest.json"
     try:
         encoding = json.loads(manifest.read_text(encoding="utf-8"))["encoding"] if manifest.exists() else "gpt2"
         vocab_size = ENCODINGS[encoding][1]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{manifest} is no manifest of token shards ({error!r}); make the data again") from error
-    for split in ("train", "val"):
-        files, shuffle = find_shards(folder, split), cfg.shuffle and split == "train"
+    for split, shuffle in ("train", cfg.shuffle), ("val", False):
+        files = find_shards(folder, split)
         if not files:
             raise UserError(f"--data {folder} holds no {split} shard (NAME_{split}_000000.npy or .bin)")
-        ours = dict(rank=RANK, world_size=WORLD_SIZE, seed=cfg.seed, shuffle=shuffle, vocab_size=vocab_size)
-        loaders.append(DataLoaderLite(files, 1, cfg.sequence_length, **ours))
+        args = (files, 1, cfg.sequence_length, RANK, WORLD_SIZE, cfg.seed, shuffle, vocab_size)
+        loaders.append(DataLoaderLite(*args))
     return *loaders, encoding
 
 
 def fit_micro_batch(cfg: TrainConfig, model: GPT2, forward, autocast, device: torch.device) -> int:
-    """The micro-batch B: what was asked for, else a guess at what fits; then half of it, on all ranks alike, as long as
-    a trial runs out of memory on any. The trial is one micro-step, beside stand-ins for AdamW's moments; compilation
-    happens in it. B always divides a step, whose samples stay the same. Raises UserError when one sequence is too much.
-    """
-    c, T, sequences = model.config, cfg.sequence_length, cfg.total_batch_size // (cfg.sequence_length * WORLD_SIZE)
-    tokens = 2**12  # more gains a CPU nothing
-    if device.type == "cuda":  # 34 bytes a channel and layer in 16 bits (arXiv:2205.05198, §4.1), logits, model states
-        per_token = c.n_layer * c.n_embd * (4 if c.activation_checkpointing else 34) + 10 * c.padded_vocab_size
-        free = 0.9 * torch.cuda.mem_get_info(device)[0] - 20 * model.num_params()
-        tokens = min(2**16, free / per_token / (2 if cfg.dtype == "fp32" else 1))
+    """The micro-batch B: what was asked for, else a guess at what fits; and half of it, on all ranks alike, as often as
+    one runs out of memory in a trial, a micro-step beside stand-ins for AdamW's moments (in which the model compiles,
+    too). B divides a step, whose samples stay the same. Raises UserError when one sequence is too much."""
+    T, sequences, tokens = cfg.sequence_length, cfg.total_batch_size // (cfg.sequence_length * WORLD_SIZE), 2**12
+    if device.type == "cuda":  # more than 65,536 tokens gain nothing; so many take some 60 GB with the 124M model
+        tokens = min(2**16, 2**16 * torch.cuda.mem_get_info(device)[0] / 60e9 * 124e6 / model.num_params())
     B = cfg.micro_batch_size or max(1, int(tokens / T))
     while B := max((b for b in range(1, B + 1) if sequences % b == 0), default=0):
         try:
             moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
-            x, y = torch.zeros(2, B, T, dtype=torch.int64, device=device).unbind()  # twice one tensor would recompile
+            x, y = torch.zeros(2, B, T, dtype=torch.int64, device=device)  # x for both would compile a case of its own
             with autocast:
                 loss = forward(x, y)[1]
             loss.backward()
@@ -750,23 +745,22 @@ def fit_micro_batch(cfg: TrainConfig, model: GPT2, forward, autocast, device: to
     raise UserError(f"{device} has no room for one sequence of {T} tokens; see --activation_checkpointing and --model")
 
 
-def summarise(cfg: TrainConfig, model: GPT2, train_loader, val_loader, encoding_name: str, A: int) -> None:
+def summarise(cfg: TrainConfig, model: GPT2, train_loader, val_loader, encoding_name: str) -> None:
     """Print what is about to happen: every auto by its value, the tokens found, how a batch is made up."""
-    c, T, device = model.config, cfg.sequence_length, torch.device(cfg.device)
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    c, B, T = model.config, cfg.micro_batch_size, cfg.sequence_length
+    hardware = torch.cuda.get_device_name() if "cuda" in cfg.device else f"{torch.get_num_threads()} threads"
     epochs = cfg.max_steps * cfg.total_batch_size / T / train_loader.num_windows
-    say(
-        f"model   {cfg.model}, {model.num_params():,} parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} "
-        f"channels, context {c.block_size}, vocabulary {c.vocab_size} in {c.padded_vocab_size} rows\n"
-        f"device  {device} ({hardware}), {cfg.dtype}, {c.attention} attention, tf32 {cfg.tf32}, compile {cfg.compile}, "
-        f"fused_adamw {cfg.fused_adamw}\n"
-        f"data    {cfg.data}, {encoding_name} encoding: {train_loader.num_tokens:,} tokens to train on in "
-        f"{len(train_loader.files)} shards, {val_loader.num_tokens:,} to validate on\n"
-        f"batch   {cfg.total_batch_size:,} tokens a step = {train_loader.B} sequences × {T} tokens × {A} micro-steps × "
-        f"{WORLD_SIZE} processes\n"
-        f"run     {cfg.max_steps:,} steps, {epochs:.2f} epochs; rate {cfg.max_lr:g} after {cfg.warmup_steps} steps, "
-        f"{cfg.min_lr:g} at the end; log and checkpoints in {cfg.log_dir}"
-    )
+    say(f"""\
+model   {cfg.model}: {model.num_params():,} parameters, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, \
+context {c.block_size}, vocabulary {c.vocab_size} in {c.padded_vocab_size} rows
+device  {cfg.device} ({hardware}), {cfg.dtype}, {cfg.attention} attention, tf32 {cfg.tf32}, compile {cfg.compile}, \
+fused_adamw {cfg.fused_adamw}
+data    {cfg.data}, {encoding_name} encoding: {train_loader.num_tokens:,} tokens to train on in \
+{len(train_loader.files)} shards, {val_loader.num_tokens:,} to validate on
+batch   {cfg.total_batch_size:,} tokens a step = {B} sequences × {T} tokens × \
+{cfg.total_batch_size // (B * T * WORLD_SIZE)} micro-steps × {WORLD_SIZE} processes
+run     {cfg.max_steps:,} steps, {epochs:.2f} epochs, in {cfg.log_dir}; rate {cfg.max_lr:g} after {cfg.warmup_steps} \
+steps, {cfg.min_lr:g} at the end""")
 
 
 def train(cfg: TrainConfig) -> int:
@@ -783,18 +777,18 @@ def train(cfg: TrainConfig) -> int:
     # Tokens, model, optimiser, and where an earlier run left them
     train_loader, val_loader, encoding_name = open_data(cfg)
     encoding = examples = None
-    try:
-        encoding = ENCODINGS[encoding_name][0]() if cfg.sample_every else None
-    except UserError as error:
-        say(f"no samples: {error}")
-    if encoding:
-        encode_prompt(encoding, cfg.prompt, cfg.block_size)  # now is the time to find out that it is too long
-    if cfg.hellaswag_every and encoding_name == "gpt2":
-        if HELLASWAG_FILE.exists():
-            examples = read_hellaswag(HELLASWAG_FILE)
+    if cfg.sample_every:
+        try:
+            encoding = ENCODINGS[encoding_name][0]()
+        except UserError as error:
+            say(f"no samples: {error}")
         else:
-            say(f"no HellaSwag: {HELLASWAG_FILE} is not there; the README says where to get it")
-    model = GPT2(GPT2Config(train_loader.vocab_size, **{name: getattr(cfg, name) for name in SIZES + METHODS}))
+            encode_prompt(encoding, cfg.prompt, cfg.block_size)  # now is the time to find out that it is too long
+    if cfg.hellaswag_every and encoding_name == "gpt2":
+        examples = read_hellaswag(HELLASWAG_FILE) if HELLASWAG_FILE.exists() else None
+        say("" if examples else f"no HellaSwag: {HELLASWAG_FILE} is not there; the README says where to get it")
+    sizes = {f.name: getattr(cfg, f.name) for f in fields(GPT2Config)[1:]}
+    model = GPT2(GPT2Config(train_loader.vocab_size, **sizes))
     if cfg.init_from != "scratch":
         load_weights(model, load_checkpoint(Path(cfg.init_from)), cfg.init_from)
     model.to(device)
@@ -813,14 +807,11 @@ def train(cfg: TrainConfig) -> int:
     train_loader.B = val_loader.B = B
     ddp = compiled if WORLD_SIZE == 1 else DistributedDataParallel(compiled)
 
-    summarise(cfg, model, train_loader, val_loader, encoding_name, A)
+    summarise(cfg, model, train_loader, val_loader, encoding_name)
     log_dir = Path(cfg.log_dir)
     record = open_log(log_dir, start) if RANK == 0 else lambda step, **streams: None
     flops = model.flops_per_token(cfg.sequence_length) * cfg.total_batch_size
-    hardware, column = torch.cuda.get_device_name() if device.type == "cuda" else "", 2 - bool(cfg.tf32)
-    column = column if cfg.dtype == "fp32" else 0
-    peaks = [v for k, v in PEAK_TFLOPS.items() if re.search(rf"\b{k}\b", hardware)]
-    peak = peaks[0][column] * 1e12 * WORLD_SIZE if peaks else None
+    peak = peak_flops(cfg)
     caught = []  # the first SIGINT or SIGTERM is noted here, for the loop to see; a second one kills
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda n, frame: (caught.append(n), signal.signal(n, signal.SIG_DFL)))
@@ -878,12 +869,12 @@ def train(cfg: TrainConfig) -> int:
             raise UserError(f"step {t}: loss {loss}, gradient norm {norm}; try a lower --max_lr or another --dtype")
         seconds = time.perf_counter() - t0
         usual_seconds = seconds if t <= start + 1 else 0.95 * usual_seconds + 0.05 * seconds
-        minutes = int(usual_seconds * (cfg.max_steps - t - 1) / 60)
-        tps = cfg.total_batch_size / seconds
+        left, tps = int(usual_seconds * (cfg.max_steps - t - 1)), cfg.total_batch_size / seconds
         mfu = f"mfu {flops / seconds / peak:.1%} | " if peak else ""
         say(
             f"{of_all} | loss {loss:.4f} | lr {lr:.4e} | norm {norm:.2f} | {seconds * 1e3:.0f} ms | {tps:,.0f} tok/s | "
-            f"{mfu}eta {minutes // 60}h{minutes % 60:02d}m"
+            f"{mfu}eta "
+            + (f"{left // 3600}h{left // 60 % 60:02d}m" if left >= 3600 else f"{left // 60}m{left % 60:02d}s")
         )
         record(t, train=loss, lr=lr, norm=norm, tps=tps)
         if t == 0:
@@ -927,8 +918,8 @@ def parse_flags(argv: list[str] | None) -> TrainConfig:
     brought = dict(MODELS[model], model=model, data=str(FINEWEB_DATA), log_dir="log")
     brought.update(dict(data=str(DEMO_DATA), log_dir="log_demo") if demo else {})
     if given.get("init_from", "scratch") != "scratch":
-        config = load_checkpoint(Path(given["init_from"]))["config"]
-        brought.update({name: config[name] for name in SIZES})
+        brought.update(load_checkpoint(Path(given["init_from"]))["config"])
+        del brought["vocab_size"]  # the data's
     return TrainConfig(**{**brought, **given})
 
 

@@ -16,11 +16,11 @@ sys.dont_write_bytecode = True
 os.environ.update(TIKTOKEN_CACHE_DIR="", HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1")
 
 # A model and a schedule that take a second
-TINY = (
-    "--model demo --n_layer 2 --n_head 2 --n_embd 32 --block_size 16 --total_batch_size 128 --max_steps 20 "
-    "--warmup_steps 2 --max_lr 1e-2 --val_every 0 --hellaswag_every 0 --sample_every 0 --checkpoint_every 0 "
-    "--device cpu --dtype fp32"
-).split()
+TINY = [
+    "--model=demo", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--total_batch_size=128",
+    "--max_steps=20", "--warmup_steps=2", "--max_lr=1e-2", "--val_every=0", "--hellaswag_every=0", "--sample_every=0",
+    "--checkpoint_every=0", "--device=cpu", "--dtype=fp32",
+]  # fmt: skip
 
 
 def write_shards(folder, lengths=(200, 3000, 1777), vocab_size=257, encoding="bytes", seed=0, suffix=".npy"):

@@ -22,8 +22,8 @@ class Shards(DataLoaderLite):
     """A loader of arrays in memory whose every token is its own number."""
 
     def __init__(self, lengths, B, T, **options):
-        ends = np.cumsum([0, *lengths])
-        arrays = {i: np.arange(a, b, dtype=np.uint16) for i, (a, b) in enumerate(zip(ends[:-1], ends[1:], strict=True))}
+        firsts = np.cumsum([0, *lengths])
+        arrays = {i: np.arange(firsts[i], firsts[i + 1], dtype=np.uint16) for i in range(len(lengths))}
         original, train_gpt2.read_shard = train_gpt2.read_shard, arrays.get
         try:
             super().__init__(list(arrays), B, T, **options)
@@ -166,7 +166,7 @@ def test_token_beyond_the_vocabulary_names_the_shard(tmp_path):
 def test_token_beyond_the_vocabulary_is_found_in_large_data_too(tmp_path):
     loader = Shards([100], 4, 16, vocab_size=1000)
     loader.vocab_size = 50  # as if the data had been too many to look through at the start
-    with pytest.raises(UserError, match="not in a vocabulary of 50"):
+    with pytest.raises(UserError, match="beyond a vocabulary of 50"):
         loader.batch(0)
 
 
