@@ -394,8 +394,8 @@ def write_demo_data(folder: Path) -> None:
     if len(files) < 100:
         raise UserError(f"{stdlib} holds no source of Python's standard library; use --data")
     np.random.RandomState(0).shuffle(files)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")  # the folder appears when it is whole
-    partial.mkdir(parents=True)
+    partial = folder.with_suffix(".tmp")  # the folder appears when it is whole
+    partial.mkdir(exist_ok=True)
     shards, held_out = [], len(files) // 40
     for name, part in ("python_val_000000.npy", files[:held_out]), ("python_train_000001.npy", files[held_out:]):
         documents = [np.frombuffer(b"\0" + path.read_bytes(), np.uint8).astype(np.uint16) for path in part]
@@ -482,9 +482,10 @@ def hellaswag_scores(model: GPT2, examples, device: torch.device, batch_size: in
         idx, target = to_device([z[:, -model.config.block_size :] for z in (idx, target)], device)
         scored = target != -100
         nats = F.cross_entropy(model.logits(model.hidden(idx)[scored]).float(), target[scored], reduction="none")
-        total = torch.zeros_like(target, dtype=torch.float32).masked_scatter_(scored, -nats).sum(dim=1)
-        sums[chunk] = total.view(-1, 4).cpu()
-        means[chunk] = (total / scored.sum(dim=1)).view(-1, 4).cpu()
+        logp = torch.zeros(target.shape, device=device)
+        logp[scored] = -nats
+        sums[chunk] = logp.sum(dim=1).view(-1, 4).cpu()
+        means[chunk] = (logp.sum(dim=1) / scored.sum(dim=1)).view(-1, 4).cpu()
     return sums, means
 
 
@@ -598,13 +599,15 @@ def open_log(log_dir: Path, start: int):
     path = log_dir / "log.txt"
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
+        if path.exists() and start == 0:  # a run that left no checkpoint to go on from; its log is not ours to delete
+            path.rename(log_dir / f"log_{path.stat().st_mtime_ns}.txt")
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and int(line.split()[0]) < start]
         path.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
         os.replace(path.with_suffix(".tmp"), path)
         file = open(path, "a", encoding="utf-8", buffering=1)
-    except OSError as error:
-        raise UserError(f"--log_dir {log_dir} can't be written ({error.strerror}); choose another") from error
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"--log_dir {log_dir} can't hold the log of this run ({error}); choose another") from error
     return lambda step, **streams: file.writelines(f"{step} {name} {value:.8g}\n" for name, value in streams.items())
 
 
@@ -612,9 +615,10 @@ def open_log(log_dir: Path, start: int):
 # Training
 
 PEAK_TFLOPS = {  # dense, in 16 bits, TF32 and float32, from the vendors' datasheets: what MFU is measured against
-    "B200": (2250, 1125, 75), "H200": (989, 494, 67), "H100 PCIe": (756, 378, 51), "H100": (989, 494, 67),
-    "A100": (312, 156, 19.5), "L40S": (362, 183, 91.6), "L4": (121, 60, 30.3), "A10G": (70, 35, 31.5),
-    "V100": (125, 15.7, 15.7), "T4": (65, 8.1, 8.1), "RTX 4090": (165, 82.6, 82.6), "RTX 3090": (71, 35.6, 35.6),
+    "B200": (2250, 1125, 75), "GH200": (989, 494, 67), "H200": (989, 494, 67), "H100 PCIe": (756, 378, 51),
+    "H100": (989, 494, 67), "A100": (312, 156, 19.5), "L40S": (362, 183, 91.6), "L4": (121, 60, 30.3),
+    "A10G": (70, 35, 31.5), "V100": (125, 15.7, 15.7), "T4": (65, 8.1, 8.1), "RTX 4090": (165, 82.6, 82.6),
+    "RTX 3090": (71, 35.6, 35.6),
 }  # fmt: skip
 
 
@@ -767,7 +771,8 @@ def train(cfg: TrainConfig) -> int:
     """Train as `cfg` says, going on from the newest checkpoint in its log folder. Returns the exit code."""
     device = resolve(cfg)
     if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     torch.manual_seed(cfg.seed)  # every rank starts from the same weights
     torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
     if cfg.deterministic:
@@ -785,8 +790,10 @@ def train(cfg: TrainConfig) -> int:
         else:
             encode_prompt(encoding, cfg.prompt, cfg.block_size)  # now is the time to find out that it is too long
     if cfg.hellaswag_every and encoding_name == "gpt2":
-        examples = read_hellaswag(HELLASWAG_FILE) if HELLASWAG_FILE.exists() else None
-        say("" if examples else f"no HellaSwag: {HELLASWAG_FILE} is not there; the README says where to get it")
+        if HELLASWAG_FILE.exists():
+            examples = read_hellaswag(HELLASWAG_FILE)
+        else:
+            say(f"no HellaSwag: {HELLASWAG_FILE} is not there; the README says where to get it")
     sizes = {f.name: getattr(cfg, f.name) for f in fields(GPT2Config)[1:]}
     model = GPT2(GPT2Config(train_loader.vocab_size, **sizes))
     if cfg.init_from != "scratch":
@@ -833,10 +840,10 @@ def train(cfg: TrainConfig) -> int:
             record(t, hella=acc_norm)
             say(f"{of_all} | hellaswag acc {acc:.4f}, acc_norm {acc_norm:.4f}")
         # Once in a while, rank 0: samples
-        if RANK == 0 and encoding and (t % cfg.sample_every == 0 or last):
+        if RANK == 0 and encoding and t > 0 and (t % cfg.sample_every == 0 or last):
             with autocast:
                 print_samples(model, encoding, cfg, cfg.prompt, seed=cfg.seed + t)
-        # Once in a while, and when told to stop, rank 0: a checkpoint
+        # Once in a while, rank 0: a checkpoint
         if RANK == 0 and cfg.checkpoint_every and t > start and (t % cfg.checkpoint_every == 0 or last):
             save_checkpoint(log_dir, t, model, optimizer, scaler, cfg, val_loss)
         if last:

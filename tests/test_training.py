@@ -120,11 +120,11 @@ def test_output_has_the_summary_the_step_line_and_the_first_loss(here, capsys):
                  "128 tokens a step = 2 sequences × 16 tokens × 4 micro-steps × 1 processes", "ln 257 = 5.5491"):  # fmt: skip
         assert text in out
     lines = [line for line in out.splitlines() if line.startswith("step ") and "| loss" in line]
-    number = r"\d[\d.,]*"
-    pattern = rf" \| loss {number} \| lr {number}e-\d\d \| norm {number} \| \d+ ms \| {number} tok/s \| eta \d+m\d\ds"
+    pattern = r"step +#/# \| loss #.# \| lr #.#e-# \| norm #.# \| # ms \| [#,]+ tok/s \| eta #m#s"
+    pattern = pattern.replace("#", r"\d+")
     assert len(lines) == 20
     for t, line in enumerate(lines):
-        assert re.fullmatch(f"step {t:5d}/20" + pattern, line), line
+        assert re.fullmatch(pattern, line) and line.startswith(f"step {t:5d}/20 "), line
     assert set(read_log("log")) == {"train", "val", "lr", "norm", "tps"}
 
 
@@ -132,7 +132,7 @@ def test_schedule_of_everything_that_happens_once_in_a_while(here, capsys):
     flags = ["--val_every", "8", "--sample_every", "16", "--checkpoint_every", "5", "--keep_checkpoints", "0"]
     assert main([*RUN, "--log_dir", "log", *flags, "--num_samples", "3", "--max_new_tokens", "5"]) == 0
     assert list(read_log("log")["val"]) == [0, 8, 16, 20]
-    assert capsys.readouterr().out.count("--- sample") == 3 * 3
+    assert capsys.readouterr().out.count("--- sample") == 2 * 3  # after 16 and after 20 steps
     assert sorted(p.name for p in (here / "log").glob("*.pt")) == [f"model_{t:05d}.pt" for t in (5, 10, 15, 20)]
 
 
@@ -169,6 +169,13 @@ def test_resumed_run_ends_like_an_uninterrupted_one(here, capsys, first, dtype):
         assert all(value.equal(parts["optimizer"]["state"][i][key]) for key, value in state.items())
     a, b = read_log("whole"), read_log("parts")
     assert all(a[stream] == b[stream] for stream in ("train", "val", "norm", "lr"))
+
+
+def test_log_of_a_run_without_checkpoints_is_kept_beside_the_new_one(here):
+    for steps in (5, 3):
+        assert main([*RUN, "--log_dir", "log", "--max_steps", str(steps)]) == 0
+    (old,) = (here / "log").glob("log_*.txt")
+    assert len(losses("log")) == 3 and old.read_text().count("train") == 5
 
 
 def test_settings_of_today_apply_to_a_resumed_run(here):

@@ -137,6 +137,13 @@ def test_log_folder_that_cannot_be_written(here, capsys, log_dir):
     assert_one_error(here, capsys, ["--log_dir", log_dir], "--log_dir")
 
 
+def test_log_that_is_none(here, capsys):
+    assert main(["--data", "data", *TINY, "--log_dir", "log", "--max_steps", "4", "--checkpoint_every", "4"]) == 0
+    (here / "log/log.txt").write_text("my notes\n")
+    capsys.readouterr()
+    assert_one_error(here, capsys, [], "--log_dir log")
+
+
 def test_log_folder_of_another_model(here, capsys):
     assert main(["--data", "data", *TINY, "--log_dir", "log", "--checkpoint_every", "20"]) == 0
     capsys.readouterr()
