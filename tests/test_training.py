@@ -116,8 +116,14 @@ def test_loss_scaling_keeps_gradients_that_fp16_would_lose(here, monkeypatch):
 def test_output_has_the_summary_the_step_line_and_the_first_loss(here, capsys):
     assert main([*RUN, "--log_dir", "log", "--micro_batch_size", "2", "--val_every", "20"]) == 0
     out = capsys.readouterr().out
-    for text in ("model   demo: ", "device  cpu", "fp32", "4,777 tokens to train on in 2 shards, 200 to validate on",
-                 "128 tokens a step = 2 sequences × 16 tokens × 4 micro-steps × 1 processes", "ln 257 = 5.5491"):  # fmt: skip
+    for text in (
+        "model   demo: ",
+        "device  cpu",
+        "fp32",
+        "4,777 tokens to train on in 2 shards, 200 to validate on",
+        "128 tokens a step = 2 sequences × 16 tokens × 4 micro-steps × 1 processes",
+        "ln 257 = 5.5491",
+    ):
         assert text in out
     lines = [line for line in out.splitlines() if line.startswith("step ") and "| loss" in line]
     pattern = r"step +#/# \| loss #.# \| lr #.#e-# \| norm #.# \| # ms \| [#,]+ tok/s \| eta #m#s"
