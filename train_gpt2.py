@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import sysconfig
@@ -46,9 +47,9 @@ MODELS = {  # GPT-2's sizes with the peak rates GPT-3 had at them (arXiv:2005.14
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4),
-    "demo": dict(n_layer=4, n_head=4, n_embd=128, block_size=256, total_batch_size=2048, max_lr=4e-3, warmup_steps=50,
-                 max_steps=1000, val_every=250, val_tokens=131072, sample_every=500, checkpoint_every=250,
-                 prompt="def ", num_samples=2, max_new_tokens=300),
+    "demo": dict(n_layer=3, n_head=2, n_embd=96, block_size=128, total_batch_size=2048, max_lr=6e-3, min_lr=1e-4,
+                 warmup_steps=100, max_steps=2400, val_every=400, val_tokens=131072, sample_every=800,
+                 checkpoint_every=400, prompt="def ", num_samples=2, max_new_tokens=400),
 }  # fmt: skip
 
 
@@ -62,14 +63,27 @@ def flag(default, help, low=None, choices=None):
 
 
 @dataclass
-class TrainConfig:
-    data: str | None = flag(None, "folder of token shards (auto: edu_fineweb10B if it holds any, else the demo data)")
-    shuffle: bool = flag(True, "draw windows in a new random order each epoch; off: in file order")
-    model: str | None = flag(None, "named size (auto: gpt2; demo with the demo data)", choices=tuple(MODELS))
+class GPT2Config:
+    vocab_size: int = 50257  # 50,000 merges + 256 bytes + <|endoftext|>; no flag, the data say
     n_layer: int = flag(12, "transformer blocks", low=1)
     n_head: int = flag(12, "attention heads; must divide n_embd", low=1)
     n_embd: int = flag(768, "channels of the residual stream", low=1)
     block_size: int = flag(1024, "longest context in tokens", low=1)
+    pad_vocab: bool = flag(True, "round the embedding table up to a multiple of 128 rows, where kernels are fastest")
+    # How to compute the model, not which: these two may differ between runs
+    attention: str = flag("flash", "flash, or the textbook softmax", choices=("flash", "manual"))
+    activation_checkpointing: bool = flag(False, "recompute blocks in the backward pass: less memory, more time")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // 128) * 128 if self.pad_vocab else self.vocab_size
+
+
+@dataclass
+class TrainConfig(GPT2Config):
+    data: str | None = flag(None, "folder of token shards (auto: edu_fineweb10B if it holds any, else the demo data)")
+    shuffle: bool = flag(True, "draw windows in a new random order each epoch; off: in file order")
+    model: str | None = flag(None, "named size (auto: gpt2; demo with the demo data)", choices=tuple(MODELS))
     init_from: str = flag("scratch", "scratch, or the weights of a model_*.pt")
     total_batch_size: int = flag(2**19, "tokens an optimiser step, over all processes", low=1)
     micro_batch_size: int | None = flag(None, "sequences a forward pass on one device (auto: what fits)", low=1)
@@ -85,9 +99,6 @@ class TrainConfig:
     tf32: bool | None = flag(None, "TensorFloat-32 for what stays in float32 (auto: on CUDA)")
     compile: bool | None = flag(None, "torch.compile (auto: on CUDA, except the demo, which is over sooner)")
     fused_adamw: bool | None = flag(None, "one kernel for the whole optimiser step (auto: on CUDA and CPU)")
-    attention: str = flag("flash", "flash, or the textbook softmax", choices=("flash", "manual"))
-    activation_checkpointing: bool = flag(False, "recompute blocks in the backward pass: less memory, more time")
-    pad_vocab: bool = flag(True, "round the embedding table up to a multiple of 128 rows")
     val_every: int = flag(250, "steps between validations; 0: never", low=0)
     val_tokens: int = flag(10485760, "tokens a validation", low=1)
     hellaswag_every: int = flag(250, "steps between HellaSwag evaluations; 0: never", low=0)
@@ -113,22 +124,6 @@ def say(message: str) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model. Parameter names are those of OpenAI's checkpoint, so that weights travel.
-
-
-@dataclass
-class GPT2Config:
-    vocab_size: int = 50257  # 50,000 merges + 256 bytes + <|endoftext|>
-    block_size: int = 1024  # longest context, in tokens
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    pad_vocab: bool = True  # 50,257 is odd, and matrix kernels are fastest at multiples of 128
-    attention: str = "flash"  # how to compute the model, not which: this and the next may differ between runs
-    activation_checkpointing: bool = False
-
-    @property
-    def padded_vocab_size(self) -> int:
-        return -(-self.vocab_size // 128) * 128 if self.pad_vocab else self.vocab_size
 
 
 class CausalSelfAttention(nn.Module):
@@ -242,7 +237,10 @@ class GPT2(nn.Module):
         """Token ids (B, T) -> logits (B, T, V), and the mean cross-entropy in nats a token of targets (B, T), or None
         without targets. Targets of -100 do not count."""
         logits = self.logits(self.hidden(idx))
-        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits.detach(), loss  # else a compiled backward pass would carry (B, T, V) zeros for the logits
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
@@ -314,6 +312,18 @@ def find_shards(folder: Path, split: str) -> list[Path]:
     return sorted(path for path in folder.glob("*") if name.fullmatch(path.name))
 
 
+def data_encoding(folder: Path) -> str:
+    """The name of a folder's encoding: its manifest.json says; without one, shards are GPT-2 tokens."""
+    manifest = folder / "manifest.json"
+    try:
+        if not manifest.exists():
+            return "bytes" if folder == DEMO_DATA else "gpt2"
+        encoding = json.loads(manifest.read_text(encoding="utf-8"))["encoding"]
+        return next(name for name in ENCODINGS if name == encoding)
+    except Exception as error:
+        raise UserError(f"{manifest} is no manifest of token shards ({error!r}); make the data again") from error
+
+
 def read_shard(path: Path) -> np.ndarray:
     """Memory-map the tokens of a shard: a one-dimensional uint16 .npy, or a .bin of llm.c or modded-nanogpt (256 int32
     of header: 20240520, version 1, token count; then uint16). Raises UserError for anything else."""
@@ -329,7 +339,7 @@ def read_shard(path: Path) -> np.ndarray:
             if path.stat().st_size != 1024 + 2 * int(header[2]):
                 raise ValueError(f"the header promises {header[2]:,} tokens, which the size does not bear out")
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # a foreign file fails in any layer: numpy, zip, pickle
         raise UserError(f"{path} is no token shard ({error}); make it again, or remove it") from error
     return np.asarray(tokens)  # still mapped; slices of a plain array are cheaper
 
@@ -376,11 +386,11 @@ class DataLoaderLite:
         start = (k - self.first_window[shard]) * self.T
         return self.check(self.shards[shard][start : start + self.T + 1], self.files[shard])
 
-    def batch(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's part of micro-batch i: inputs (B, T) and targets (B, T), int64."""
+    def batch(self, i: int) -> torch.Tensor:
+        """This rank's part of micro-batch i, int64 (2, B, T): inputs, and targets, which lie one token further on."""
         first = (i * self.world_size + self.rank) * self.B
         tokens = torch.from_numpy(np.stack([self.window(first + b) for b in range(self.B)]).astype(np.int64))
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return torch.stack((tokens[:, :-1], tokens[:, 1:]))
 
 
 def write_demo_data(folder: Path) -> None:
@@ -394,20 +404,22 @@ def write_demo_data(folder: Path) -> None:
     if len(files) < 100:
         raise UserError(f"{stdlib} holds no source of Python's standard library; use --data")
     np.random.RandomState(0).shuffle(files)
-    partial = folder.with_suffix(".tmp")  # the folder appears when it is whole
+    partial = folder.with_suffix(f".{RANK}.tmp")  # the folder appears when it is whole
     partial.mkdir(exist_ok=True)
     shards, held_out = [], len(files) // 40
     for name, part in ("python_val_000000.npy", files[:held_out]), ("python_train_000001.npy", files[held_out:]):
-        documents = [np.frombuffer(b"\0" + path.read_bytes(), np.uint8).astype(np.uint16) for path in part]
-        for tokens in documents:
-            tokens[0] = 256  # each document starts with <|endoftext|>
-        np.save(partial / name, np.concatenate(documents))
+        texts = [np.frombuffer(path.read_bytes(), np.uint8).astype(np.uint16) for path in part]
+        tokens = np.concatenate([np.insert(text, 0, 256) for text in texts])  # each starts with <|endoftext|>
+        np.save(partial / name, tokens)
         sha256 = hashlib.sha256((partial / name).read_bytes()).hexdigest()
-        shards.append(dict(name=name, tokens=sum(map(len, documents)), sha256=sha256))
+        shards.append(dict(name=name, tokens=len(tokens), sha256=sha256))
     source = f"standard library of Python {sys.version.split()[0]}"
     manifest = dict(encoding="bytes", vocab_size=257, source=source, shards=shards)
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:  # another process was first
+        shutil.rmtree(partial)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -423,9 +435,9 @@ def sum_over_ranks(values: list[float], device) -> list[float]:
     return values
 
 
-def to_device(tensors, device: torch.device):
-    """Send tensors on their way. From pinned memory the copy to a GPU runs while the program goes on."""
-    return [z.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else z.to(device) for z in tensors]
+def to_device(z: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Send a tensor on its way. From pinned memory the copy to a GPU runs while the program goes on."""
+    return z.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else z.to(device)
 
 
 @torch.no_grad()
@@ -437,9 +449,9 @@ def validation_loss(model, loader: DataLoaderLite, val_tokens: int, device: torc
     for i in range(math.ceil(num_windows / (loader.B * loader.world_size))):
         count = min(loader.B, num_windows - (i * loader.world_size + loader.rank) * loader.B)
         if count > 0:
-            x, y = loader.batch(i)
-            y[count:] = -100
-            total += model(*to_device((x, y), device))[1].item() * count
+            batch = loader.batch(i)
+            batch[1, count:] = -100
+            total += model(*to_device(batch, device))[1].item() * count
     return sum_over_ranks([total], device)[0] / num_windows
 
 
@@ -473,13 +485,13 @@ def hellaswag_scores(model: GPT2, examples, device: torch.device, batch_size: in
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + max(map(len, examples[i][1])))
     for chunk in [order[i : i + batch_size] for i in range(0, len(order), batch_size)]:
         rows = [(examples[i][0], ending) for i in chunk for ending in examples[i][1]]
-        idx = torch.zeros(len(rows), max(len(context) + len(ending) for context, ending in rows), dtype=torch.int64)
-        target = torch.full_like(idx, -100)  # the endings, where they are to be predicted
+        both = torch.zeros(2, len(rows), max(len(context) + len(ending) for context, ending in rows), dtype=torch.int64)
+        idx, target = both[0], both[1].fill_(-100)  # the endings, where they are to be predicted
         for row, (context, ending) in enumerate(rows):
             end = len(context) + len(ending)
             idx[row, :end] = torch.from_numpy(np.concatenate((context, ending)))
             target[row, len(context) - 1 : end - 1] = idx[row, len(context) : end]
-        idx, target = to_device([z[:, -model.config.block_size :] for z in (idx, target)], device)
+        idx, target = to_device(both[..., -model.config.block_size :], device)
         scored = target != -100
         nats = F.cross_entropy(model.logits(model.hidden(idx)[scored]).float(), target[scored], reduction="none")
         logp = torch.zeros(target.shape, device=device)
@@ -547,11 +559,11 @@ def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint onto the CPU, running no code from it. Raises UserError when it is not one of ours."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in any layer: zip, pickle, torch
+        if state["format"] != 1:
+            raise ValueError("another format")
+        return state
+    except Exception as error:  # a damaged or foreign file fails in any layer: zip, pickle, torch, ours
         raise UserError(f"{path} can't be read as a checkpoint ({type(error).__name__})") from error
-    if not isinstance(state, dict) or state.get("format") != 1:
-        raise UserError(f"{path} is not a checkpoint of this program")
-    return state
 
 
 def newest_checkpoint(log_dir: Path) -> dict | None:
@@ -580,14 +592,17 @@ def resume(cfg: TrainConfig, model: GPT2, optimizer, scaler, device: torch.devic
     without one. Raises UserError for another model's, or when the nodes do not see the same."""
     state = newest_checkpoint(Path(cfg.log_dir))
     start = state["step"] if state else 0
-    if sum_over_ranks([start, start**2], device)[1] != start**2 * WORLD_SIZE:
+    if sum_over_ranks([start**2], device)[0] != start**2 * WORLD_SIZE:
         raise UserError(f"the nodes see different checkpoints in {cfg.log_dir}; put it where all of them see the same")
     if not state:
         return 0, None
+    if start > cfg.max_steps:
+        raise UserError(f"{cfg.log_dir} is {start} steps on, past --max_steps {cfg.max_steps}; choose more, or another")
     load_weights(model, state, cfg.log_dir)
     settings = optimizer.state_dict()["param_groups"]  # the moments are the run's, rate and decay today's flags
     optimizer.load_state_dict(dict(state=state["optimizer"]["state"], param_groups=settings))
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty but for runs in fp16
+        scaler.load_state_dict(state["scaler"])
     say(f"resuming {cfg.log_dir} after {start:,} steps")
     return start, state["val_loss"]
 
@@ -626,7 +641,8 @@ def peak_flops(cfg: TrainConfig) -> float | None:
     """What all devices together could do at best, FLOP/s in the run's precision; None where that is not known."""
     name = torch.cuda.get_device_name() if "cuda" in cfg.device else ""
     column = 0 if cfg.dtype != "fp32" else 1 if cfg.tf32 else 2
-    return next((v[column] * 1e12 * WORLD_SIZE for k, v in PEAK_TFLOPS.items() if re.search(rf"\b{k}\b", name)), None)
+    known = [v for k, v in PEAK_TFLOPS.items() if re.search(rf"\b{k}\b(?! (Ti|Laptop|D\b|NVL))", name)]
+    return known[0][column] * 1e12 * WORLD_SIZE if known else None
 
 
 def get_lr(t: int, cfg: TrainConfig) -> float:
@@ -641,17 +657,16 @@ def get_lr(t: int, cfg: TrainConfig) -> float:
 def choose_device(name: str | None) -> torch.device:
     """The device of this process: the one asked for, else the fastest there is. Raises UserError if it isn't there."""
     found = dict(cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available() and WORLD_SIZE == 1), cpu=1)
-    try:
-        device = torch.device(next(kind for kind in found if found[kind]) if name is None else name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name!r} is no device; use cpu, cuda, cuda:1 or mps") from error
-    index = LOCAL_RANK if device.type == "cuda" and device.index is None else device.index or 0
-    if index >= found.get(device.type, 0):
-        raise UserError(f"{device.type} device {index} is not there; found: {found}; see --device")
-    if device.type == "cuda":
-        torch.cuda.set_device(index)
-        device = torch.device("cuda", index)
-    return device
+    kind, _, index = (next(kind for kind in found if found[kind]) if name is None else name).partition(":")
+    if index and WORLD_SIZE > 1:
+        raise UserError(f"--device {name} is one device for {WORLD_SIZE} processes; torchrun gives each its own")
+    index = index or str(LOCAL_RANK if kind == "cuda" else 0)
+    if not index.isdecimal() or int(index) >= found.get(kind, 0):
+        raise UserError(f"--device {kind}:{index} is not there; found {found}")
+    if kind != "cuda":
+        return torch.device(kind)
+    torch.cuda.set_device(int(index))
+    return torch.device(kind, int(index))
 
 
 def native_dtype(device: torch.device) -> str:
@@ -671,7 +686,7 @@ def can_compile(device: torch.device) -> bool:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
         return True
     except Exception as error:  # the reasons are as many as the platforms
-        say(f"torch.compile can't be used here ({str(error).strip().splitlines()[0][:100]}); training without it")
+        say(f"torch.compile can't be used here ({repr(error)[:100]}); training without it")
         return False
 
 
@@ -685,7 +700,9 @@ def resolve(cfg: TrainConfig) -> torch.device:
     )  # fmt: skip
     for name, value in auto.items():
         setattr(cfg, name, value if getattr(cfg, name) is None or name == "device" else getattr(cfg, name))
+    folder = next(path for path in (Path(cfg.log_dir) / "x").absolute().parents if path.exists())
     for wrong, message in (
+        (not (folder.is_dir() and os.access(folder, os.W_OK)), f"--log_dir {cfg.log_dir} can't be written"),
         (cfg.n_embd % cfg.n_head, f"--n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}"),
         (cfg.block_size < T, f"--sequence_length {T} is longer than --block_size {cfg.block_size}"),
         (cfg.max_steps < cfg.warmup_steps, f"--warmup_steps {cfg.warmup_steps} exceed --max_steps {cfg.max_steps}"),
@@ -698,54 +715,52 @@ def resolve(cfg: TrainConfig) -> torch.device:
     return device
 
 
-def open_data(cfg: TrainConfig) -> tuple[DataLoaderLite, DataLoaderLite, str]:
-    """Loaders of the training and the validation shards, and the name of their encoding: manifest.json says, else they
-    are GPT-2 tokens. Demo data that are not there are written. Raises UserError where shards are missing or wrong."""
+def open_data(cfg: TrainConfig) -> tuple[DataLoaderLite, DataLoaderLite]:
+    """Loaders of the training and the validation shards. Demo data that are not there are written. Raises UserError
+    where shards are missing, or are none."""
     folder, loaders = Path(cfg.data), []
     if folder == DEMO_DATA and not folder.exists() and LOCAL_RANK == 0:
         write_demo_data(folder)
     sum_over_ranks([0], cfg.device)  # the others wait for it
-    manifest = folder / "manifest.json"
-    try:
-        encoding = json.loads(manifest.read_text(encoding="utf-8"))["encoding"] if manifest.exists() else "gpt2"
-        vocab_size = ENCODINGS[encoding][1]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{manifest} is no manifest of token shards ({error!r}); make the data again") from error
     for split, shuffle in ("train", cfg.shuffle), ("val", False):
         files = find_shards(folder, split)
         if not files:
             raise UserError(f"--data {folder} holds no {split} shard (NAME_{split}_000000.npy or .bin)")
-        args = (files, 1, cfg.sequence_length, RANK, WORLD_SIZE, cfg.seed, shuffle, vocab_size)
+        args = (files, 1, cfg.sequence_length, RANK, WORLD_SIZE, cfg.seed, shuffle, cfg.vocab_size)
         loaders.append(DataLoaderLite(*args))
-    return *loaders, encoding
+    return tuple(loaders)
 
 
-def fit_micro_batch(cfg: TrainConfig, model: GPT2, forward, autocast, device: torch.device) -> int:
+def fit_micro_batch(cfg: TrainConfig, model: GPT2, optimizer, forward, autocast, device: torch.device) -> int:
     """The micro-batch B: what was asked for, else a guess at what fits; and half of it, on all ranks alike, as often as
-    one runs out of memory in a trial, a micro-step beside stand-ins for AdamW's moments (in which the model compiles,
-    too). B divides a step, whose samples stay the same. Raises UserError when one sequence is too much."""
+    one runs out of memory in a trial, a micro-step beside stand-ins for what is yet to come (in which the model
+    compiles, too). B divides a step, whose samples stay the same. Raises UserError when one sequence is too much."""
     T, sequences, tokens = cfg.sequence_length, cfg.total_batch_size // (cfg.sequence_length * WORLD_SIZE), 2**12
     if device.type == "cuda":  # more than 65,536 tokens gain nothing; so many take some 60 GB with the 124M model
         tokens = min(2**16, 2**16 * torch.cuda.mem_get_info(device)[0] / 60e9 * 124e6 / model.num_params())
+    tokens = sum_over_ranks([tokens], device)[0] / WORLD_SIZE  # cards may differ in what is free; ranks may not differ
     B = cfg.micro_batch_size or max(1, int(tokens / T))
+    to_come = (0 if optimizer.state else 2) + (WORLD_SIZE > 1)  # per weight: AdamW's moments, DDP's buckets
     while B := max((b for b in range(1, B + 1) if sequences % b == 0), default=0):
         try:
-            moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
+            stand_ins = [torch.empty_like(p) for p in model.parameters() for _ in range(to_come)]
             x, y = torch.zeros(2, B, T, dtype=torch.int64, device=device)  # x for both would compile a case of its own
             with autocast:
                 loss = forward(x, y)[1]
             loss.backward()
             out_of_memory = False
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS raises a plain one
+            if "out of memory" not in str(error):
+                raise
             out_of_memory = True
-        loss = moments = None  # noqa: F841 (gives their memory back)
+        loss = stand_ins = None  # noqa: F841 (gives their memory back)
         model.zero_grad(set_to_none=True)
         if not sum_over_ranks([out_of_memory], device)[0]:
             return B
         say(f"out of memory with micro-batches of {B} sequences; trying half of that")
         B //= 2
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        if device.type != "cpu":
+            getattr(torch, device.type).empty_cache()
     raise UserError(f"{device} has no room for one sequence of {T} tokens; see --activation_checkpointing and --model")
 
 
@@ -771,8 +786,8 @@ def train(cfg: TrainConfig) -> int:
     """Train as `cfg` says, going on from the newest checkpoint in its log folder. Returns the exit code."""
     device = resolve(cfg)
     if WORLD_SIZE > 1:
-        cuda = device.type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        nccl = device.type == "cuda" and dist.is_nccl_available()
+        dist.init_process_group("nccl" if nccl else "gloo", device_id=device if nccl else None)
     torch.manual_seed(cfg.seed)  # every rank starts from the same weights
     torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
     if cfg.deterministic:
@@ -780,11 +795,12 @@ def train(cfg: TrainConfig) -> int:
         torch.use_deterministic_algorithms(True)
 
     # Tokens, model, optimiser, and where an earlier run left them
-    train_loader, val_loader, encoding_name = open_data(cfg)
+    encoding_name = data_encoding(Path(cfg.data))
+    get_encoding, cfg.vocab_size = ENCODINGS[encoding_name]
     encoding = examples = None
     if cfg.sample_every:
         try:
-            encoding = ENCODINGS[encoding_name][0]()
+            encoding = get_encoding()
         except UserError as error:
             say(f"no samples: {error}")
         else:
@@ -794,8 +810,8 @@ def train(cfg: TrainConfig) -> int:
             examples = read_hellaswag(HELLASWAG_FILE)
         else:
             say(f"no HellaSwag: {HELLASWAG_FILE} is not there; the README says where to get it")
-    sizes = {f.name: getattr(cfg, f.name) for f in fields(GPT2Config)[1:]}
-    model = GPT2(GPT2Config(train_loader.vocab_size, **sizes))
+    train_loader, val_loader = open_data(cfg)
+    model = GPT2(GPT2Config(**{f.name: getattr(cfg, f.name) for f in fields(GPT2Config)}))
     if cfg.init_from != "scratch":
         load_weights(model, load_checkpoint(Path(cfg.init_from)), cfg.init_from)
     model.to(device)
@@ -809,7 +825,7 @@ def train(cfg: TrainConfig) -> int:
     autocast = torch.autocast(device.type, half, enabled=cfg.dtype != "fp32")
     cfg.compile = cfg.compile and can_compile(device)
     compiled = torch.compile(model, dynamic=False) if cfg.compile else model
-    B = cfg.micro_batch_size = fit_micro_batch(cfg, model, compiled, autocast, device)
+    B = cfg.micro_batch_size = fit_micro_batch(cfg, model, optimizer, compiled, autocast, device)
     A = cfg.total_batch_size // (B * cfg.sequence_length * WORLD_SIZE)  # micro-steps whose gradients add up
     train_loader.B = val_loader.B = B
     ddp = compiled if WORLD_SIZE == 1 else DistributedDataParallel(compiled)
@@ -890,7 +906,8 @@ def train(cfg: TrainConfig) -> int:
         if signals:
             if RANK == 0 and cfg.checkpoint_every:
                 save_checkpoint(log_dir, t + 1, model, optimizer, scaler, cfg, val_loss)
-            say(f"stopped after {t + 1:,} steps; the same command goes on from there")
+            saved = "the same command goes on from there" if cfg.checkpoint_every else "not saved: --checkpoint_every 0"
+            say(f"stopped after {t + 1:,} steps; {saved}")
             return 128 + (caught[0] if caught else signal.SIGTERM)
     return 0
 
@@ -899,25 +916,33 @@ def train(cfg: TrainConfig) -> int:
 # Command line
 
 
-class FlagParser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; --help lists the flags")
-
-
 def parse_flags(argv: list[str] | None) -> TrainConfig:
     """Defaults, replaced by what the named model brings, replaced by what the command line says."""
-    parser = FlagParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    for f in fields(TrainConfig):
-        kind = getattr(f.type, "__args__", [f.type])[0]  # int | None -> int
-        how = dict(type=kind, choices=f.metadata["choices"])
+    def or_auto(kind):  # `--flag auto` is as good as no flag
+        def parse(text):
+            return None if text == "auto" else kind(text)
+
+        parse.__name__ = kind.__name__
+        return parse
+
+    def refuse(message):
+        raise UserError(f"{message}; --help lists the flags")
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = refuse
+    flags = {f.name: f for f in fields(TrainConfig) if f.metadata}
+    for name, f in flags.items():
+        kind, choices = getattr(f.type, "__args__", [f.type])[0], f.metadata["choices"]  # int | None -> int
+        auto = f.default is None and name != "generate"
+        how = dict(type=or_auto(kind) if auto else kind, choices=choices and (*choices, *[None] * auto))
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else how
         default = "" if f.default is None else f" ({f.default})"
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f.metadata["help"] + default, **how)
-    given = vars(parser.parse_args(argv))
-    for f in fields(TrainConfig):
-        low, value = f.metadata["low"], given.get(f.name)
-        if low is not None and value is not None and not low <= value < 2**63:  # refuses nan, too
-            raise UserError(f"--{f.name} {value} is not a number of at least {low}")
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f.metadata["help"] + default, **how)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    for name, value in given.items():
+        low = flags[name].metadata["low"]
+        if low is not None and not low <= value < 2**63:  # refuses nan, too
+            raise UserError(f"--{name} {value} is not a number of at least {low}")
     demo = "data" not in given and not find_shards(FINEWEB_DATA, "train")
     if demo and "generate" not in given:
         say(f"no shards in {FINEWEB_DATA} (the README says how to get them): training on Python's standard library")
@@ -926,7 +951,6 @@ def parse_flags(argv: list[str] | None) -> TrainConfig:
     brought.update(dict(data=str(DEMO_DATA), log_dir="log_demo") if demo else {})
     if given.get("init_from", "scratch") != "scratch":
         brought.update(load_checkpoint(Path(given["init_from"]))["config"])
-        del brought["vocab_size"]  # the data's
     return TrainConfig(**{**brought, **given})
 
 
@@ -937,7 +961,7 @@ def generate(cfg: TrainConfig) -> int:
     if state is None:
         raise UserError(f"no checkpoint in {cfg.log_dir}; train first, or name one with --init_from or --log_dir")
     model = GPT2(GPT2Config(**{**state["config"], "attention": cfg.attention}))
-    load_weights(model, state, cfg.init_from)
+    model.load_state_dict(state["model"])
     encoding = next(get for get, vocab_size in ENCODINGS.values() if vocab_size == model.config.vocab_size)()
     print_samples(model.to(device), encoding, cfg, cfg.generate, cfg.seed)
     return 0
@@ -949,8 +973,10 @@ def main(argv: list[str] | None = None) -> int:
         cfg = parse_flags(argv)
         code = train(cfg) if cfg.generate is None else generate(cfg)
     except UserError as error:
-        if RANK == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if RANK != 0:  # rank 0 may say the same; then torchrun ends this process while it waits
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -960,4 +986,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # samples may hold what the terminal can't show
     sys.exit(main())

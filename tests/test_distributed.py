@@ -40,14 +40,15 @@ def test_two_processes_have_the_losses_of_one_and_only_rank_0_speaks_and_writes(
     assert sorted(p.name for p in (here / "log").iterdir()) == ["log.txt", "model_00020.pt"]
 
 
-def test_accumulation_over_two_processes_gives_the_same_and_every_rank_ends_with_the_same_weights(here, alone):
+def test_accumulation_and_compilation_give_the_same_and_every_rank_ends_with_the_same_weights(here, alone):
     (here / "driver.py").write_text(
         textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(PROGRAM.parent)!r})
-        import torch, train_gpt2
+        import functools, torch, train_gpt2
         from torch.nn.parallel import DistributedDataParallel as DDP
 
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")  # graphs as on a GPU, run as they are
         models, syncs = [], []
         class Watched(DDP):
             def __init__(self, *args, **options):
@@ -62,7 +63,7 @@ def test_accumulation_over_two_processes_gives_the_same_and_every_rank_ends_with
         sys.exit(code)
         """)
     )
-    torchrun("driver.py", *RUN, "--log_dir", "log", "--micro_batch_size", "1", cwd=here)
+    torchrun("driver.py", *RUN, "--log_dir", "log", "--micro_batch_size", "1", "--compile", cwd=here)
     assert_same_run(alone, here / "log")
     (weights, syncs), (other, _) = (torch.load(f"rank{r}.pt") for r in range(2))
     assert all(weights[name].equal(other[name]) for name in weights)

@@ -50,7 +50,7 @@ def test_validation_shows_the_model_one_shape_only(tmp_path):
     model, shapes = small_model(), set()
 
     def watched(x, y):
-        shapes.add((x.shape, y.shape, x.stride(), y.stride()))
+        shapes.add((x.shape, y.shape, x.stride(), y.stride()))  # strides, too, decide whether a graph fits
         return model(x, y)
 
     validation_loss(watched, DataLoaderLite(find_shards(tmp_path, "val"), 8, 16, shuffle=False), 10**9, CPU)

@@ -191,6 +191,20 @@ def test_settings_of_today_apply_to_a_resumed_run(here):
     assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
 
 
+def test_run_resumes_in_another_precision(here):
+    run = [*RUN, "--log_dir", "log", "--checkpoint_every", "5"]
+    for steps, dtype in (5, "fp32"), (10, "fp16"), (15, "bf16"), (20, "fp32"):
+        assert main([*run, "--dtype", dtype, "--max_steps", str(steps)]) == 0
+    assert list(read_log("log")["train"]) == list(range(20))
+
+
+def test_auto_may_be_said(here, capsys):
+    autos = [f"--{name}=auto" for name in ("model", "micro_batch_size", "sequence_length", "min_lr", "device", "dtype")]
+    flags = [flag for flag in RUN if not flag.startswith(("--model", "--device", "--dtype"))]
+    assert main([*flags, *autos, "--log_dir", "log", "--device", "cpu"]) == 0
+    assert "model   gpt2: " in capsys.readouterr().out
+
+
 def test_unreadable_checkpoint_is_named_and_the_one_before_it_used(here, capsys):
     run = [*RUN, "--log_dir", "log", "--checkpoint_every", "10"]
     assert main(run) == 0
@@ -293,13 +307,14 @@ class TestMicroBatch:
 class TestCompile:
     """On the CPU, with the graphs run as they are where only their number matters."""
 
-    def test_nothing_recompiles_whatever_happens_in_between(self, here, monkeypatch):
+    @pytest.mark.parametrize("micro_batch_size", ["4", "1"])
+    def test_nothing_recompiles_whatever_happens_in_between(self, here, monkeypatch, micro_batch_size):
         """One graph to try the compiler, one to train, one to validate; samples and HellaSwag add none."""
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
         write_shards(here / "gpt2", lengths=(16 * 23 + 5, 5000), encoding="gpt2")
         examples = [([1] * n, [[2] * n, [3], [4] * 3, [5]], 0) for n in range(1, 9)]
         write_hellaswag(here / "hellaswag/hellaswag_val.bin", examples)
-        run = ["--data", "gpt2", *TINY, "--compile", "--log_dir", "log", "--micro_batch_size", "4"]
+        run = ["--data", "gpt2", *TINY, "--compile", "--log_dir", "log", "--micro_batch_size", micro_batch_size]
         every = [f"--{name}_every={n}" for name, n in (("val", 3), ("hellaswag", 4), ("sample", 5), ("checkpoint", 6))]
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()

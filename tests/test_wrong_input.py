@@ -23,6 +23,7 @@ FLAGS = {
     "unknown dtype": ["--dtype", "fp8"],
     "unknown attention": ["--attention", "linear"],
     "missing value": ["--max_steps"],
+    "auto where nothing is": ["--max_steps", "auto"],
     "heads do not divide width": ["--n_head", "3"],
     "batch is not divisible": ["--total_batch_size", "100"],
     "batch is not divisible by the micro-batch": ["--micro_batch_size", "3"],
@@ -96,6 +97,8 @@ SHARDS = {
     "negative count.bin": raw(llmc_header(20240520, -1) + bytes(8000)),
     "absurd count.bin": raw(llmc_header(20240520, 2**31 - 1) + bytes(8000)),
     "folder.npy": lambda path: path.mkdir(),
+    "an npz.npy": lambda path: np.savez(open(path, "wb"), np.zeros(4000, np.uint16)),
+    "broken zip.npy": raw(b"PK\x03\x04 and then nothing of the kind"),
 }
 
 
@@ -135,6 +138,22 @@ def test_gpt2_tokens_are_not_read_as_bytes(here, capsys):
 @pytest.mark.parametrize("log_dir", ["data/manifest.json", "data/manifest.json/log"])
 def test_log_folder_that_cannot_be_written(here, capsys, log_dir):
     assert_one_error(here, capsys, ["--log_dir", log_dir], "--log_dir")
+
+
+def test_run_that_is_past_its_end_already(here, capsys):
+    assert main(["--data", "data", *TINY, "--log_dir", "log", "--checkpoint_every", "20"]) == 0
+    capsys.readouterr()
+    assert_one_error(here, capsys, ["--max_steps", "10"], "--max_steps 10")
+
+
+def test_fresh_folder_stays_empty(tmp_path, monkeypatch, capsys):
+    """Also where the demo data would have to be written first."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    for wrong in (["--prompt", "x" * 999], ["--log_dir", "file/log"], ["--n_head", "5"]):
+        assert main(["--device", "cpu", *wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_log_that_is_none(here, capsys):
