@@ -48,8 +48,8 @@ MODELS = {  # GPT-2's sizes with the peak rates GPT-3 had at them (arXiv:2005.14
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4),
     "demo": dict(n_layer=3, n_head=2, n_embd=96, block_size=128, total_batch_size=2048, max_lr=6e-3, min_lr=1e-4,
-                 warmup_steps=100, max_steps=2400, val_every=400, val_tokens=131072, sample_every=800,
-                 checkpoint_every=400, prompt="def ", num_samples=2, max_new_tokens=400),
+                 warmup_steps=100, max_steps=3000, val_every=500, val_tokens=131072, sample_every=1000,
+                 checkpoint_every=500, prompt="def ", num_samples=2, max_new_tokens=400),
 }  # fmt: skip
 
 
@@ -918,6 +918,7 @@ def train(cfg: TrainConfig) -> int:
 
 def parse_flags(argv: list[str] | None) -> TrainConfig:
     """Defaults, replaced by what the named model brings, replaced by what the command line says."""
+
     def or_auto(kind):  # `--flag auto` is as good as no flag
         def parse(text):
             return None if text == "auto" else kind(text)
