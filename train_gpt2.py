@@ -49,7 +49,7 @@ MODELS = {  # GPT-2's sizes with the peak rates GPT-3 had at them (arXiv:2005.14
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4),
     "demo": dict(n_layer=3, n_head=2, n_embd=96, block_size=128, total_batch_size=2048, max_lr=6e-3, min_lr=1e-4,
                  warmup_steps=100, max_steps=3000, val_every=500, val_tokens=131072, sample_every=1000,
-                 checkpoint_every=500, prompt="def ", num_samples=2, max_new_tokens=400),
+                 checkpoint_every=500, prompt="def ", num_samples=2, max_new_tokens=400, temperature=0.8),
 }  # fmt: skip
 
 
