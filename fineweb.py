@@ -605,18 +605,19 @@ def prepare(cfg) -> int:
             if 2 * used < len(tokens):  # the limit cut this piece
                 part = np.frombuffer(result.tokens, "<u2", used)
                 more = int((part == encoding.eot_token).sum()), more[1] * 2 * used // len(tokens), *more[2:]
-            counts, used = [a + b for a, b in zip(counts, more, strict=True)], 0
+            counts = [a + b for a, b in zip(counts, more, strict=True)]
+            used = max(0, used - len(tokens) // 2)
             if piece.done:
                 bar.total = min(int(count / piece.done), limit)
             bar.update(count - bar.n)
             if count >= limit:
                 break
         else:
-            manifest["exhausted"] = True
+            if not shards and not writer:
+                raise UserError(f"{source}: there is no text in it ({counts[2]} rows were skipped)")
             if writer:
-                finish_shard(out, manifest, writer, [], 0, counts)
-        if not shards:
-            raise UserError(f"{source}: there is no text in it ({counts[2]} rows were skipped)")
+                finish_shard(out, manifest, writer, [], 0, counts, exhausted=True)
+            manifest["exhausted"] = True
         manifest["counts"] = counts
         write_manifest(out, manifest)
     except BrokenProcessPool as error:
@@ -635,13 +636,13 @@ def prepare(cfg) -> int:
     return 0
 
 
-def finish_shard(out: Path, manifest: dict, writer: ShardWriter, cursor: list, used: int, counts: list) -> None:
-    """Finish a shard and note it, and where the next begins: after `used` tokens of the piece at the cursor, before
-    which the source had `counts`."""
+def finish_shard(out: Path, manifest: dict, writer, cursor: list, used: int, counts: list, exhausted=False) -> None:
+    """Finish a shard and note it, and where the next begins: `used` tokens after the cursor, before which the source
+    had `counts`."""
     if not manifest["shards"]:  # a folder with a shard is never without a manifest
         write_manifest(out, manifest)
     manifest["shards"].append(writer.finish())
-    manifest["resume"] = dict(cursor=cursor, used=used, counts=counts)
+    manifest.update(resume=dict(cursor=cursor, used=used, counts=counts), counts=counts, exhausted=exhausted)
     write_manifest(out, manifest)
     say(f"{writer.path}: {writer.count:,} tokens")
 
@@ -669,16 +670,17 @@ def verify(out: Path) -> int:
 def choose_shards(files, limit: int) -> tuple[list[dict], bool]:
     """Entries for the manifest of the val shards among a repository's files, and of as many train shards as make up
     `limit` tokens; and whether these are all. Raises UserError without any."""
-    named = {f: re.fullmatch(r"(?:.*_)?(train|val)(?:_\d+)?\.(?:npy|bin)", f.rfilename) for f in files}
-    order = sorted((match[1] != "val", f.rfilename, f) for f, match in named.items() if match)
-    shards = []
-    for is_train, name, file in order:
-        entry = dict(name=name, tokens=0, sha256=file.lfs.sha256)
-        if not is_train or sum(shard["tokens"] for shard in shards) < limit or is_train != order[len(shards) - 1][0]:
-            shards.append(dict(entry, tokens=(file.size - size_of(entry)) // 2))
-    if not shards or order[0][0] or not order[len(shards) - 1][0]:
+    found = {"val": [], "train": []}
+    for file in sorted(files, key=lambda file: file.rfilename):
+        if match := re.fullmatch(r"(?:.*_)?(train|val)(?:_\d+)?\.(?:npy|bin)", file.rfilename):
+            shard = dict(name=file.rfilename, tokens=0, sha256=file.lfs.sha256)
+            found[match[1]].append(dict(shard, tokens=(file.size - size_of(shard)) // 2))
+    if not all(found.values()):
         raise UserError("--pretokenized: the repository holds no val and train shards (NAME_train_000001.bin or .npy)")
-    return shards, len(shards) == len(order)
+    shards, rest = found["val"] + found["train"][:1], found["train"][1:]
+    while rest and sum(shard["tokens"] for shard in shards) < limit:
+        shards.append(rest.pop(0))
+    return shards, not rest
 
 
 def fetch(cfg) -> int:
