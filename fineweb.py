@@ -19,6 +19,7 @@ import errno
 import glob
 import gzip
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -58,15 +59,21 @@ def first_line(error: Exception) -> str:
 # Workers: text in, tokens out. They import this file, NumPy and tiktoken, and never torch.
 
 
+class Part(NamedTuple):
+    """A document or, of a long one, a part."""
+
+    text: bytes | None  # UTF-8; None for a row without text
+    starts: bool = True  # the document starts here
+    line: tuple | None = None  # the text is a line of JSON, of this file and number
+
+
 class Piece(NamedTuple):
     """A stretch of the source, and the work of one task."""
 
     cursor: list  # where it begins, in types of JSON: the source can be opened there again
-    texts: list | None  # (UTF-8 or None for a row without text, whether a document starts with it)
-    lines: bytes = b""  # or lines of JSON
-    where: tuple = ("", 0)  # their file and first line, to name in an error
-    done: float | None = None  # share of the source read by now, where that is known
-    size: int = 0  # bytes
+    parts: list[Part]
+    size: int  # bytes
+    done: float | None  # share of the source read by now, where that is known
 
 
 class Tokens(NamedTuple):
@@ -137,27 +144,28 @@ def encode(text: bytes):
         yield np.asarray(tokens, "<u2"), broken
 
 
-def texts_of_lines(piece: Piece, column: str):
-    """(UTF-8 or None, True, broken sequences) for each line of JSON. Raises UserError for one that is no object, and
-    when the first has no such column."""
-    for number, line in enumerate(piece.lines.split(b"\n"), piece.where[1]):
-        string = line.decode("utf-8", errors="replace").removeprefix("\ufeff")
-        if not string or string.isspace():
-            continue
-        try:
-            row = json.loads(string)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{piece.where[0]}, line {number} is not JSON ({first_line(error)})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{piece.where[0]}, line {number} is no JSON object with a column {column}")
-        if number == 1:
-            check_column(piece.where[0], column, row)
-        text, broken = row.get(column), string.count("\ufffd") - line.count(b"\xef\xbf\xbd")
-        if isinstance(text, str):
-            whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half an emoji: "\ud83d"
-            yield whole.encode(), True, broken + whole.count("\ufffd") - text.count("\ufffd")
-        else:
-            yield None, True, 0
+def text_of_line(part: Part, column: str) -> tuple[bytes | None, int]:
+    """(UTF-8, broken sequences replaced in it) of a line of JSON; None without text. Raises UserError for a line that
+    is no JSON object, and when the first of a file has no such column."""
+    path, number = part.line
+    string = part.text.decode("utf-8", errors="replace").removeprefix("\ufeff")
+    broken = string.count("\ufffd") - part.text.count(b"\xef\xbf\xbd")
+    try:
+        row = json.loads(string)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}, line {number} is not JSON ({first_line(error)})") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{path}, line {number} is no JSON object with a column {column}")
+    if number == 1:
+        check_column(path, column, row)
+    text = row.get(column)
+    if not isinstance(text, str):
+        return None, 0
+    try:
+        return text.encode(), broken
+    except UnicodeEncodeError:  # half an emoji, "\ud83d"
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return whole.encode(), broken + whole.count("\ufffd") - text.count("\ufffd")
 
 
 def check_column(where, column: str, names) -> None:
@@ -170,18 +178,18 @@ def tokenize(piece: Piece, column: str) -> Tokens:
     eot = np.array([ENCODING.eot_token], "<u2")
     arrays, documents, size, skipped, replaced = [], 0, 0, 0, 0
     try:
-        texts = texts_of_lines(piece, column) if piece.texts is None else piece.texts
-        for text, starts, *broken in texts:
+        for part in piece.parts:
+            text, broken = text_of_line(part, column) if part.line else (part.text, 0)
             if text is None:
                 skipped += 1
                 continue
-            if starts:
+            if part.starts:
                 arrays.append(eot)
                 documents += 1
             for tokens, more in encode(text):
                 arrays.append(tokens)
-                replaced += more
-            size, replaced = size + len(text), replaced + sum(broken)
+                broken += more
+            size, replaced = size + len(text), replaced + broken
     except UserError as error:
         return Tokens(error=str(error))
     return Tokens(np.concatenate(arrays or [eot[:0]]).tobytes(), (documents, size, skipped, replaced))
@@ -193,7 +201,7 @@ def tokenize_all(pool, pieces, column: str, num_workers: int):
     waiting, size = deque(), 0
     for piece in pieces:
         size += piece.size
-        waiting.append((piece._replace(texts=None, lines=b""), pool.submit(tokenize, piece, column)))
+        waiting.append((piece._replace(parts=()), pool.submit(tokenize, piece, column)))
         del piece  # it may be large
         while len(waiting) > 8 * num_workers or size > 8 * num_workers * PIECE:
             piece, future = waiting.popleft()
@@ -204,8 +212,7 @@ def tokenize_all(pool, pieces, column: str, num_workers: int):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sources: each yields (position, text or None, whether a document starts there, share read), or Pieces of JSON lines,
-# from any position on.
+# Sources: each yields (position, Part, share of it read) from any position on.
 
 
 def read_blocks(path: Path, at: int, cut: re.Pattern):
@@ -228,14 +235,16 @@ def read_blocks(path: Path, at: int, cut: re.Pattern):
 def read_text(path: Path, column: str, start: int = 0):
     """A .txt file is one document, however long."""
     for at, text, share in read_blocks(path, start, CUT):
-        yield [at], text, at == 0, share
+        yield [at], Part(text, starts=at == 0), share
 
 
-def read_jsonl(path: Path, column: str, start: int = 0, line: int = 1):
+def read_jsonl(path: Path, column: str, at: int = 0, number: int = 1):
     """A line is a document. The workers parse the JSON."""
-    for at, lines, share in read_blocks(path, start, re.compile(rb"\n")):
-        yield Piece([at, line], None, lines, where=(str(path), line), done=share, size=len(lines))
-        line += lines.count(b"\n")  # the next block starts with the \n of this one's last line
+    for _, block, share in read_blocks(path, at, re.compile(rb"(?<=\n)")):
+        for line in io.BytesIO(block):
+            if not line.isspace():
+                yield [at, number], Part(line, line=(str(path), number)), share
+            at, number = at + len(line), number + 1
 
 
 def read_parquet(path: Path, column: str, first_group: int = 0, row: int = 0, byte: int = 0):
@@ -249,8 +258,8 @@ def read_parquet(path: Path, column: str, first_group: int = 0, row: int = 0, by
             rows = max(1, min(4096, 2 * PIECE * meta.num_rows // max(1, meta.total_byte_size)))
             for batch in file.iter_batches(rows, row_groups=[group], columns=[column]):
                 share = (group + before / meta.num_rows) / file.num_row_groups
-                for first, at, text, starts in read_rows(batch.column(0), row - before, byte):
-                    yield [group, before + first, at], text, starts, share
+                for first, at, part in read_rows(batch.column(0), row - before, byte):
+                    yield [group, before + first, at], part, share
                 before += len(batch)
                 if before > row:
                     row, byte = before, 0
@@ -258,8 +267,8 @@ def read_parquet(path: Path, column: str, first_group: int = 0, row: int = 0, by
 
 
 def read_rows(column, row: int, byte: int):
-    """(row, byte, text or None, whether a document starts there) of an Arrow column, from a byte of a row on. What is
-    not text comes as None, and text as bytes: the workers see to broken UTF-8."""
+    """(row, byte, Part) of an Arrow column, from a byte of a row on. What is not text counts as none, and text comes as
+    it is: the workers see to broken UTF-8."""
     import pyarrow as pa
 
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
@@ -269,10 +278,10 @@ def read_rows(column, row: int, byte: int):
         texts = [None] * len(column)
     for i in range(max(0, row), len(texts)):
         if texts[i] is None:
-            yield i, 0, None, True
+            yield i, 0, Part(None)
         else:
-            for at, part in parts(texts[i], byte if i == row else 0):
-                yield i, at, part, at == 0
+            for at, text in parts(texts[i], byte if i == row else 0):
+                yield i, at, Part(text, starts=at == 0)
             texts[i] = None  # it may be large
 
 
@@ -300,8 +309,8 @@ def read_hub(dataset: str, name: str | None, column: str, revision=None, state=N
         if table is None:
             return
         share = min(1.0, (before + 1) / total.num_examples) if total and total.num_examples else None
-        for first, at, text, starts in read_rows(table.column(0).combine_chunks(), row, byte):
-            yield [revision, state, before, first, at], text, starts, share
+        for first, at, part in read_rows(table.column(0).combine_chunks(), row, byte):
+            yield [revision, state, before, first, at], part, share
         before, row, byte = before + len(table), 0, 0
 
 
@@ -349,7 +358,8 @@ def find_files(patterns: list[str]) -> list[Path]:
     files = []
     for pattern in patterns:
         path = Path(pattern)
-        there = path.rglob("*") if path.is_dir() else [path] if path.exists() else map(Path, glob.glob(pattern))
+        there = [path] if path.exists() else map(Path, glob.glob(pattern, recursive=True))
+        there = path.rglob("*") if path.is_dir() else there
         found = sorted(file for file in there if file.is_file() and reader_of(file))
         if not found:
             hint = "there is no" if path.exists() else "no such file, nor any"
@@ -378,12 +388,8 @@ def read_files(files: list[Path], column: str, first: int = 0, *start):
     before, total = sum(sizes[:first]), max(1, sum(sizes))
     for i, path in enumerate(files[first:], first):
         try:
-            for item in reader_of(path)(path, column, *start):
-                if isinstance(item, Piece):
-                    yield item._replace(cursor=[i, *item.cursor], done=(before + item.done * sizes[i]) / total)
-                else:
-                    position, text, starts, share = item
-                    yield [i, *position], text, starts, (before + share * sizes[i]) / total
+            for position, part, share in reader_of(path)(path, column, *start):
+                yield [i, *position], part, (before + share * sizes[i]) / total
         except (OSError, EOFError, ValueError, zlib.error) as error:  # pyarrow's are ValueErrors
             raise UserError(f"{path} can't be read ({first_line(error)})") from error
         before, start = before + sizes[i], ()
@@ -391,21 +397,18 @@ def read_files(files: list[Path], column: str, first: int = 0, *start):
 
 def pieces_of(source):
     """Group what a source yields into pieces."""
-    cursor, texts, size, done = None, [], 0, None
-    for item in source:
-        is_piece = isinstance(item, Piece)
-        if texts and (is_piece or size + len(item[1] or b"") > PIECE):
-            yield Piece(cursor, texts, done=done, size=size)
-            texts, size = [], 0
-        if is_piece:
-            yield item
-            continue
-        if not texts:
-            cursor = item[0]
-        texts.append(item[1:3])
-        size, done = size + len(item[1] or b""), item[3]
-    if texts:
-        yield Piece(cursor, texts, done=done, size=size)
+    first, parts, size, done = None, [], 0, None
+    for cursor, part, share in source:
+        length = len(part.text or b"")
+        if parts and size + length > PIECE:
+            yield Piece(first, parts, size, done)
+            parts, size = [], 0
+        if not parts:
+            first = cursor
+        parts.append(part)
+        size, done = size + length, share
+    if parts:
+        yield Piece(first, parts, size, done)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def print_table(header: list[str], rows: list[list]) -> None:
 
 
 def english(megabytes: int, seed: int = 0) -> list[str]:
-    """Documents of a few kilobytes, as web pages are, of English: paragraphs from the docstrings of Python's library."""
+    """Documents of a few kilobytes, as web pages are, of English paragraphs: the docstrings of Python's library."""
     rng, paragraphs = random.Random(seed), []
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
         with contextlib.suppress(OSError):
@@ -132,9 +132,8 @@ def tokenize(args) -> None:
     import pyarrow.parquet as pq
 
     cores, documents = args.processes, english(args.megabytes)
-    print(
-        f"{cores} processes, {len(documents):,} documents, {sum(map(len, documents)) / 1e6:.0f} MB, {args.rounds} rounds"
-    )
+    megabytes = sum(map(len, documents)) / 1e6
+    print(f"{cores} processes, {len(documents):,} documents, {megabytes:.0f} MB, {args.rounds} rounds\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         ways = {
             "plain tiktoken, a process a core": lambda: plain_tiktoken(documents, cores),
