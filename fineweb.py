@@ -19,7 +19,6 @@ import errno
 import glob
 import gzip
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -215,35 +214,29 @@ def tokenize_all(pool, pieces, column: str, num_workers: int):
 # Sources: each yields (position, Part, share of it read) from any position on.
 
 
-def read_blocks(path: Path, at: int, cut: re.Pattern):
-    """(offset, bytes, share of the file read) from an offset on: a PIECE and what is left up to the next cut."""
-    with open(path, "rb") as raw:
-        file = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
+def read_text(path: Path, column: str, at: int = 0):
+    """A .txt file is one document, however long."""
+    with open(path, "rb") as file:
         file.seek(at)
         size, buffer, searched = max(1, path.stat().st_size), bytearray(), PIECE
         while block := file.read(PIECE):
             buffer += block
-            while match := cut.search(buffer, searched):
-                yield at, bytes(buffer[: match.start()]), raw.tell() / size
-                at += match.start()
-                del buffer[: match.start()]
-                searched = PIECE
-            searched = max(searched, len(buffer))
-        yield at, bytes(buffer), 1.0
-
-
-def read_text(path: Path, column: str, start: int = 0):
-    """A .txt file is one document, however long."""
-    for at, text, share in read_blocks(path, start, CUT):
-        yield [at], Part(text, starts=at == 0), share
+            if cut := CUT.search(buffer, searched):
+                yield [at], Part(bytes(buffer[: cut.start()]), starts=at == 0), at / size
+                at += cut.start()
+                del buffer[: cut.start()]
+            searched = max(PIECE, 0 if cut else len(buffer))
+        yield [at], Part(bytes(buffer), starts=at == 0), 1.0
 
 
 def read_jsonl(path: Path, column: str, at: int = 0, number: int = 1):
     """A line is a document. The workers parse the JSON."""
-    for _, block, share in read_blocks(path, at, re.compile(rb"(?<=\n)")):
-        for line in io.BytesIO(block):
+    with open(path, "rb") as raw:
+        file, size = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw, path.stat().st_size
+        file.seek(at)
+        for line in file:
             if not line.isspace():
-                yield [at, number], Part(line, line=(str(path), number)), share
+                yield [at, number], Part(line, line=(str(path), number)), raw.tell() / size
             at, number = at + len(line), number + 1
 
 
@@ -277,11 +270,12 @@ def read_rows(column, row: int, byte: int):
     else:
         texts = [None] * len(column)
     for i in range(max(0, row), len(texts)):
-        if texts[i] is None:
-            yield i, 0, Part(None)
+        text, start = texts[i], byte if i == row else 0
+        if text is None or (len(text) <= PIECE and start == 0):
+            yield i, 0, Part(text)
         else:
-            for at, text in parts(texts[i], byte if i == row else 0):
-                yield i, at, Part(text, starts=at == 0)
+            for at, part in parts(text, start):
+                yield i, at, Part(part, starts=at == 0)
             texts[i] = None  # it may be large
 
 
@@ -330,13 +324,14 @@ def patiently(read, *cursor):
         except UserError:
             raise
         except Exception as error:
-            what, library = f"{type(error).__name__}: {first_line(error)}", type(error).__module__.split(".")[0]
+            what, library = f"{type(error).__name__}: {first_line(error)}", type(error).__module__
             status = getattr(getattr(error, "response", None), "status_code", None)
+            offline = type(error).__name__ == "LocalEntryNotFoundError"  # a FileNotFoundError when the hub is silent
             if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.ENOSPC:
                 raise
-            if status in (401, 403, 404) or isinstance(error, FileNotFoundError):
+            if status in (401, 403, 404) or (isinstance(error, FileNotFoundError) and not offline):
                 raise UserError(f"the hub says no ({what}); check the name, or `hf auth login`") from error
-            if not isinstance(error, OSError) and library not in ("httpx", "httpcore", "aiohttp", "fsspec"):
+            if not isinstance(error, OSError) and not library.startswith(("httpx", "httpcore", "aiohttp", "fsspec")):
                 raise
             if failures == len(PAUSES):
                 raise UserError(f"the network failed ({what}); the same command goes on from here") from error
