@@ -59,11 +59,13 @@ def first_line(error: Exception) -> str:
 
 
 class Part(NamedTuple):
-    """A document or, of a long one, a part."""
+    """Some documents back to back or, of a long one, a part."""
 
-    text: bytes | None  # UTF-8; None for a row without text
-    starts: bool = True  # the document starts here
-    line: tuple | None = None  # the text is a line of JSON, of this file and number
+    text: bytes  # UTF-8
+    lengths: list | None = None  # of the documents, in bytes; -1 for a row without text. None: lines of JSON
+    starts: bool = True  # the first document starts here
+    path: str = ""  # of the lines, to name in an error,
+    line: int = 0  # and the number of the first
 
 
 class Piece(NamedTuple):
@@ -129,7 +131,7 @@ def encode(text: bytes):
     `<|endoftext|>` in it is text like any other."""
     for _, part in parts(text):
         string = part.decode("utf-8", errors="replace")
-        broken = string.count("\ufffd") - part.count(b"\xef\xbf\xbd")
+        broken = string.count("\ufffd") and string.count("\ufffd") - part.count(b"\xef\xbf\xbd")
         try:
             if len(part) > 4 * PIECE:
                 raise ValueError("no place to cut: this may be one run, for which tiktoken needs 50 times its memory")
@@ -143,28 +145,32 @@ def encode(text: bytes):
         yield np.asarray(tokens, "<u2"), broken
 
 
-def text_of_line(part: Part, column: str) -> tuple[bytes | None, int]:
-    """(UTF-8, broken sequences replaced in it) of a line of JSON; None without text. Raises UserError for a line that
-    is no JSON object, and when the first of a file has no such column."""
-    path, number = part.line
-    string = part.text.decode("utf-8", errors="replace").removeprefix("\ufeff")
-    broken = string.count("\ufffd") - part.text.count(b"\xef\xbf\xbd")
-    try:
-        row = json.loads(string)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}, line {number} is not JSON ({first_line(error)})") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{path}, line {number} is no JSON object with a column {column}")
-    if number == 1:
-        check_column(path, column, row)
-    text = row.get(column)
-    if not isinstance(text, str):
-        return None, 0
-    try:
-        return text.encode(), broken
-    except UnicodeEncodeError:  # half an emoji, "\ud83d"
-        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return whole.encode(), broken + whole.count("\ufffd") - text.count("\ufffd")
+def texts_of(part: Part, column: str):
+    """(UTF-8, broken sequences replaced in it) of each document of a part; (None, 0) for a row without text. Raises
+    UserError for a line that is no JSON object, and when the first of a file has no such column."""
+    at = 0
+    for length in part.lengths or ():
+        yield (part.text[at : at + length] if length >= 0 else None), 0
+        at += max(length, 0)
+    for number, line in enumerate(part.text.split(b"\n") if part.lengths is None else (), part.line):
+        string = line.decode("utf-8", errors="replace").removeprefix("\ufeff")
+        if not string or string.isspace():
+            continue
+        broken = string.count("\ufffd") and string.count("\ufffd") - line.count(b"\xef\xbf\xbd")
+        try:
+            row = json.loads(string)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{part.path}, line {number} is not JSON ({first_line(error)})") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{part.path}, line {number} is no JSON object with a column {column}")
+        if number == 1:
+            check_column(part.path, column, row)
+        text = row.get(column)
+        try:
+            yield (text.encode(), broken) if isinstance(text, str) else (None, 0)
+        except UnicodeEncodeError:  # half an emoji, "\ud83d"
+            whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            yield whole.encode(), broken + whole.count("\ufffd") - text.count("\ufffd")
 
 
 def check_column(where, column: str, names) -> None:
@@ -178,17 +184,18 @@ def tokenize(piece: Piece, column: str) -> Tokens:
     arrays, documents, size, skipped, replaced = [], 0, 0, 0, 0
     try:
         for part in piece.parts:
-            text, broken = text_of_line(part, column) if part.line else (part.text, 0)
-            if text is None:
-                skipped += 1
-                continue
-            if part.starts:
-                arrays.append(eot)
-                documents += 1
-            for tokens, more in encode(text):
-                arrays.append(tokens)
-                broken += more
-            size, replaced = size + len(text), replaced + broken
+            starts = part.starts
+            for text, broken in texts_of(part, column):
+                if text is None:
+                    skipped += 1
+                    continue
+                if starts:
+                    arrays.append(eot)
+                    documents += 1
+                for tokens, more in encode(text):
+                    arrays.append(tokens)
+                    broken += more
+                size, replaced, starts = size + len(text), replaced + broken, True
     except UserError as error:
         return Tokens(error=str(error))
     return Tokens(np.concatenate(arrays or [eot[:0]]).tobytes(), (documents, size, skipped, replaced))
@@ -222,11 +229,11 @@ def read_text(path: Path, column: str, at: int = 0):
         while block := file.read(PIECE):
             buffer += block
             if cut := CUT.search(buffer, searched):
-                yield [at], Part(bytes(buffer[: cut.start()]), starts=at == 0), at / size
+                yield [at], Part(bytes(buffer[: cut.start()]), [cut.start()], at == 0), at / size
                 at += cut.start()
                 del buffer[: cut.start()]
             searched = max(PIECE, 0 if cut else len(buffer))
-        yield [at], Part(bytes(buffer), starts=at == 0), 1.0
+        yield [at], Part(bytes(buffer), [len(buffer)], at == 0), 1.0
 
 
 def read_jsonl(path: Path, column: str, at: int = 0, number: int = 1):
@@ -234,10 +241,10 @@ def read_jsonl(path: Path, column: str, at: int = 0, number: int = 1):
     with open(path, "rb") as raw:
         file, size = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw, path.stat().st_size
         file.seek(at)
-        for line in file:
-            if not line.isspace():
-                yield [at, number], Part(line, line=(str(path), number)), raw.tell() / size
-            at, number = at + len(line), number + 1
+        while lines := file.readlines(PIECE):
+            block = b"".join(lines)
+            yield [at, number], Part(block, path=str(path), line=number), raw.tell() / size
+            at, number = at + len(block), number + len(lines)
 
 
 def read_parquet(path: Path, column: str, first_group: int = 0, row: int = 0, byte: int = 0):
@@ -265,18 +272,21 @@ def read_rows(column, row: int, byte: int):
     import pyarrow as pa
 
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if str(kind) in ("string", "large_string", "string_view"):
-        texts = column.cast(kind).cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
-    else:
-        texts = [None] * len(column)
-    for i in range(max(0, row), len(texts)):
-        text, start = texts[i], byte if i == row else 0
-        if text is None or (len(text) <= PIECE and start == 0):
-            yield i, 0, Part(text)
+    texts = column.cast(kind) if str(kind) in ("string", "large_string", "string_view") else pa.nulls(len(column))
+    texts = texts.cast(pa.large_string()).cast(pa.large_binary())
+    without, texts = np.asarray(texts.is_null()), texts.fill_null(b"")
+    _, offsets, data = texts.buffers() if len(texts) else (None, bytes(8), b"")
+    offsets = np.frombuffer(offsets, np.int64)[texts.offset :][: len(texts) + 1]
+    lengths, data, row = np.where(without, -1, np.diff(offsets)), memoryview(data or b""), max(0, row)
+    while row < len(texts):
+        end = int(np.searchsorted(offsets, offsets[row] + PIECE, side="right")) - 1  # so many rows make a PIECE
+        if end > row and byte == 0:
+            yield row, 0, Part(bytes(data[offsets[row] : offsets[end]]), lengths[row:end].tolist())
+            row = end
         else:
-            for at, part in parts(text, start):
-                yield i, at, Part(part, starts=at == 0)
-            texts[i] = None  # it may be large
+            for at, part in parts(bytes(data[offsets[row] : offsets[row + 1]]), byte):
+                yield row, at, Part(part, [len(part)], at == 0)
+            row, byte = row + 1, 0
 
 
 def read_hub(dataset: str, name: str | None, column: str, revision=None, state=None, before=0, row=0, byte=0):
@@ -394,7 +404,7 @@ def pieces_of(source):
     """Group what a source yields into pieces."""
     first, parts, size, done = None, [], 0, None
     for cursor, part, share in source:
-        length = len(part.text or b"")
+        length = len(part.text)
         if parts and size + length > PIECE:
             yield Piece(first, parts, size, done)
             parts, size = [], 0

@@ -394,6 +394,27 @@ def test_memory_stays_bounded_by_pieces_not_documents(tmp_path):
     assert int(peak) < 150  # MB
 
 
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
+def test_every_arrow_array_of_text_is_read_in_any_slice(kind, monkeypatch):
+    import pyarrow as pa
+
+    monkeypatch.setattr(fineweb, "PIECE", 4)
+    rows = ["", None, "abc", "0123 56789 123", None, "é", "", "xyz", "xyz"]
+    types = dict(string=pa.string(), large_string=pa.large_string(), string_view=pa.string_view())
+    array = pa.array(rows, types.get(kind, pa.string()))
+    array = array.dictionary_encode() if kind == "dictionary" else array
+    for first in range(len(rows) + 1):
+        for stop in range(first, len(rows) + 1):
+            for row in range(stop - first + 1):
+                found = []
+                for _, _, part in fineweb.read_rows(array[first:stop], row, 0):
+                    texts = [text and text.decode() for text, _ in fineweb.texts_of(part, "text")]
+                    if not part.starts:
+                        found[-1] += texts.pop(0)
+                    found += texts
+                assert found == rows[first:stop][row:]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The hub
 
