@@ -408,7 +408,7 @@ def test_every_arrow_array_of_text_is_read_in_any_slice(kind, monkeypatch):
             for row in range(stop - first + 1):
                 found = []
                 for _, _, part in fineweb.read_rows(array[first:stop], row, 0):
-                    texts = [text and text.decode() for text, _ in fineweb.texts_of(part, "text")]
+                    texts = [None if text is None else text.decode() for text, _ in fineweb.texts_of(part, "text")]
                     if not part.starts:
                         found[-1] += texts.pop(0)
                     found += texts
