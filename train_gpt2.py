@@ -946,7 +946,7 @@ def parse_flags(argv: list[str] | None) -> TrainConfig:
             raise UserError(f"--{name} {value} is not a number of at least {low}")
     demo = "data" not in given and not find_shards(FINEWEB_DATA, "train")
     if demo and "generate" not in given:
-        say(f"no shards in {FINEWEB_DATA} (the README says how to get them): training on Python's standard library")
+        say(f"no shards in {FINEWEB_DATA} (python fineweb.py makes them): training on Python's standard library")
     model = given.get("model", "demo" if demo else "gpt2")
     brought = dict(MODELS[model], model=model, data=str(FINEWEB_DATA), log_dir="log")
     brought.update(dict(data=str(DEMO_DATA), log_dir="log_demo") if demo else {})
