@@ -478,11 +478,14 @@ def write_manifest(out: Path, manifest: dict) -> None:
     """Write manifest.json; it appears whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
     partial = out / "manifest.json.tmp"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, out / "manifest.json")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, out / "manifest.json")
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_manifest(out: Path) -> dict | None:
@@ -577,7 +580,7 @@ def prepare(cfg) -> int:
         return 0
     encoding, by_value = load_encoding(cfg.encoding)
     manifest["vocab_size"] = encoding.n_vocab
-    t0, writer, bar, pool = time.perf_counter(), None, None, None
+    writer = bar = pool = None
     try:
         if shards and shards[-1]["tokens"] < cfg.shard_size:  # cut short at --max_tokens: it grows on
             short = shards.pop()
@@ -588,6 +591,7 @@ def prepare(cfg) -> int:
         # Workers before the source: a process should fork while it has no threads
         pool = ProcessPoolExecutor(cfg.num_workers, initializer=start_worker, initargs=(by_value,))
         pool.submit(int).result()
+        t0 = time.perf_counter()
         cursor, used, counts = (manifest["resume"][key] for key in ("cursor", "used", "counts"))
         if files:
             items = read_files(files, column, *cursor)
@@ -628,6 +632,7 @@ def prepare(cfg) -> int:
             manifest["exhausted"] = True
         manifest["counts"] = counts
         write_manifest(out, manifest)
+        seconds = time.perf_counter() - t0
     except BrokenProcessPool as error:
         raise UserError("a worker was killed (no memory left?); try again with fewer --num_workers") from error
     except OSError as error:  # of the shards: those of the source are UserErrors by now
@@ -639,7 +644,6 @@ def prepare(cfg) -> int:
             bar.close()
         if writer:
             writer.discard()
-    seconds = time.perf_counter() - t0
     summarise(out, manifest, f"{seconds:.1f} s, {(count - first_count) / seconds:,.0f} tokens a second")
     return 0
 

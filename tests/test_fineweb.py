@@ -4,7 +4,10 @@ import gzip
 import hashlib
 import json
 import re
+import signal
+import subprocess
 import sys
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -274,6 +277,22 @@ def test_killed_anywhere_it_ends_with_the_same_shards(method, tmp_path):
     python("run.py", method, "after", "os", "replace", 10**6, *command, cwd=tmp_path)
     assert_shards(tmp_path / "out", expected)
     python("run.py", method, "after", "os", "replace", 10**6, "--verify", "--out=out", cwd=tmp_path)
+
+
+def test_ctrl_c_and_sigterm_stop_at_once_and_leave_nothing_unfinished(tmp_path):
+    (tmp_path / "a.txt").write_text("some words " * 2_000_000)
+    command = [sys.executable, ROOT / "fineweb.py", "--files", "a.txt", "--encoding=bytes", "--shard_size=200000"]
+    for i, (signum, code) in enumerate([(signal.SIGINT, 130), (signal.SIGTERM, 143)] * 2):
+        out = tmp_path / f"out{i}"
+        process = subprocess.Popen(
+            [*command, f"--out={out}"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        process.stdout.readline()  # the first shard
+        time.sleep(0.05 * i)
+        process.send_signal(signum)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == code and "Traceback" not in err, err
+        assert 0 < len(read(out)) < 110  # whole shards and a manifest, nothing else
 
 
 def test_a_resumed_run_tokenises_only_what_is_left(inline, monkeypatch):

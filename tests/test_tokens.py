@@ -186,6 +186,20 @@ def test_gpt2_encoding_is_openai_s():
     assert encoding.decode(encoding.encode(text)) == text
 
 
+PIECES = [*" \n\t\r\u00a0\u3000\x1c\x85'aé汉1²½!。😀\u0301", "'s", "'LL", "  ", " a", "12", "'re"]
+OURS = gpt2_encoding()
+PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of OpenAI's encoder.py
+OPENAIS = tiktoken.Encoding(
+    "published", pat_str=PATTERN, mergeable_ranks=OURS._mergeable_ranks, special_tokens=OURS._special_tokens
+)
+
+
+@settings(deadline=None, max_examples=1000)
+@given(st.lists(st.sampled_from(PIECES)).map("".join) | st.text())
+def test_our_form_of_the_pattern_splits_as_openai_s(text):
+    assert OURS.encode_ordinary(text) == OPENAIS.encode_ordinary(text)
+
+
 def test_gpt2_encoding_says_what_to_do_where_its_files_are_missing(monkeypatch):
     def no_network(name):
         raise ConnectionError("no route to host")
