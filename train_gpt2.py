@@ -135,16 +135,19 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value of all heads in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x):  # (B, T, C) -> (B, T, C)
+    def forward(self, x, mask=None, cache=None):  # (B, T, C) -> (B, T, C)
         B, T, C = x.shape
         heads = self.config.n_head
         q, k, v = [z.view(B, T, heads, C // heads).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2)]
+        if cache is not None:  # of the tokens before x
+            k, v = cache[self] = [torch.cat(z, dim=2) for z in zip(cache[self], (k, v))] if self in cache else (k, v)
         if self.config.attention == "flash":  # the same function, but (T, T) never reaches memory (arXiv:2205.14135)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
         else:  # softmax(q kᵀ / √d) v over past and present (Vaswani et al., 2017, arXiv:1706.03762, §3.2.1)
             scores = q @ k.transpose(-2, -1) / math.sqrt(C // heads)  # (B, heads, T, T)
-            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(diagonal=1)
-            y = F.softmax(scores.masked_fill(future, -torch.inf), dim=-1) @ v  # e^-inf = 0
+            past = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
+            scores = scores.masked_fill(~(past if mask is None else mask), -torch.inf)
+            y = F.softmax(scores, dim=-1) @ v  # e^-inf = 0
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -172,8 +175,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x):  # (B, T, C) -> (B, T, C)
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, mask=None, cache=None):  # (B, T, C) -> (B, T, C)
+        x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -219,14 +222,17 @@ class GPT2(nn.Module):
         c = self.config
         return 6 * (self.num_params() - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
 
-    def hidden(self, idx):
-        """Token ids (B, T), T at most the block size -> final hidden states (B, T, C)."""
-        x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(idx.size(1), device=idx.device))
+    def hidden(self, idx, pos=None, mask=None, cache=None):
+        """Token ids (B, T), T at most the block size -> final hidden states (B, T, C). Not for training: positions `pos`
+        (T) or (B, T) other than 0 … T-1; a `mask` (B, 1, T, T), true where row i may look at column j, in place of the
+        causal one; a `cache`, a dict that holds the keys and values of tokens before idx and takes those of idx in."""
+        pos = torch.arange(idx.size(1), device=idx.device) if pos is None else pos
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)
         for block in self.transformer.h:
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, mask, cache)
         return self.transformer.ln_f(x)
 
     def logits(self, x):
@@ -247,15 +253,22 @@ class GPT2(nn.Module):
         """Continue each row of idx (B, T) -> (B, T + max_new_tokens). Temperature 0 is greedy, `top_k` leaves out all
         but the k likeliest (Fan et al., 2018, arXiv:1805.04833); past the block size the context slides. A generator of
         its own keeps sampling from disturbing other random numbers."""
+        cache, seen = {}, 0  # what a token offers to later ones does not change: it is computed once
         for _ in range(max_new_tokens):
-            logits = self.logits(self.hidden(idx[:, -self.config.block_size :])[:, -1]).float()  # (B, V)
+            T = idx.size(1)
+            if T <= self.config.block_size:
+                x = self.hidden(idx[:, seen:], torch.arange(seen, T, device=idx.device), cache=cache)
+                seen = T
+            else:  # but here each token's position changes with each step
+                x = self.hidden(idx[:, -self.config.block_size :])
+            logits = self.logits(x[:, -1]).float()  # (B, V)
             if temperature == 0:
                 next_token = logits.argmax(dim=-1, keepdim=True)
             else:
-                if top_k:
-                    kth_best = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth_best, -torch.inf)
-                next_token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+                k = min(top_k or logits.size(-1), logits.size(-1))
+                values, tokens = logits.topk(k)
+                draw = torch.multinomial(F.softmax(values / temperature, dim=-1), 1, generator=generator)
+                next_token = tokens.gather(1, draw)
             idx = torch.cat((idx, next_token), dim=1)
         return idx
 
