@@ -84,7 +84,7 @@ class TrainConfig(GPT2Config):
     data: str | None = flag(None, "folder of token shards (auto: edu_fineweb10B if it holds any, else the demo data)")
     shuffle: bool = flag(True, "draw windows in a new random order each epoch; off: in file order")
     model: str | None = flag(None, "named size (auto: gpt2; demo with the demo data)", choices=tuple(MODELS))
-    init_from: str = flag("scratch", "scratch, or the weights of a model_*.pt")
+    init_from: str = flag("scratch", "scratch; or the weights of gpt2 … gpt2-xl, a Hugging Face folder or a model_*.pt")
     total_batch_size: int = flag(2**19, "tokens an optimiser step, over all processes", low=1)
     micro_batch_size: int | None = flag(None, "sequences a forward pass on one device (auto: what fits)", low=1)
     sequence_length: int | None = flag(None, "tokens a training sequence (auto: the block size)", low=1)
@@ -110,6 +110,7 @@ class TrainConfig(GPT2Config):
     seed: int = flag(1337, "of the first weights, the order of the data and the samples", low=0)
     deterministic: bool = flag(False, "bitwise-repeatable kernels on CUDA too, which are slower")
     generate: str | None = flag(None, "print samples that go on from this prompt, and exit")
+    export: str | None = flag(None, "write a Hugging Face folder of this name, and exit")
     num_samples: int = flag(4, "samples to draw", low=1)
     max_new_tokens: int = flag(64, "tokens a sample", low=1)
     temperature: float = flag(1.0, "of the samples; 0: always the likeliest token", low=0)
@@ -140,7 +141,8 @@ class CausalSelfAttention(nn.Module):
         heads = self.config.n_head
         q, k, v = [z.view(B, T, heads, C // heads).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2)]
         if cache is not None:  # of the tokens before x
-            k, v = cache[self] = [torch.cat(z, dim=2) for z in zip(cache[self], (k, v))] if self in cache else (k, v)
+            past_k, past_v = cache.get(self, (k[:, :, :0], v[:, :, :0]))
+            k, v = cache[self] = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
         if self.config.attention == "flash":  # the same function, but (T, T) never reaches memory (arXiv:2205.14135)
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
         else:  # softmax(q kᵀ / √d) v over past and present (Vaswani et al., 2017, arXiv:1706.03762, §3.2.1)
@@ -211,6 +213,14 @@ class GPT2(nn.Module):
         # No token reads the rows past the vocabulary and no logit comes from them: they stay zero for ever
         self.transformer.wte.weight[self.config.vocab_size :] = 0.0
 
+    @classmethod
+    def from_pretrained(cls, what: str) -> "GPT2":
+        """The model of `--init_from what`. Raises UserError, as `read_pretrained` does."""
+        state = read_pretrained(what)
+        model = cls(GPT2Config(**state["config"]))
+        load_weights(model, state, what)
+        return model
+
     def num_params(self) -> int:
         """Parameters of the published model: tied weights count once, the padding of the vocabulary not at all."""
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
@@ -223,9 +233,9 @@ class GPT2(nn.Module):
         return 6 * (self.num_params() - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
 
     def hidden(self, idx, pos=None, mask=None, cache=None):
-        """Token ids (B, T), T at most the block size -> final hidden states (B, T, C). Not for training: positions `pos`
-        (T) or (B, T) other than 0 … T-1; a `mask` (B, 1, T, T), true where row i may look at column j, in place of the
-        causal one; a `cache`, a dict that holds the keys and values of tokens before idx and takes those of idx in."""
+        """Token ids (B, T), T at most the block size -> final hidden states (B, T, C). Not for training: `pos`, (T) or
+        (B, T), positions other than 0 … T-1; `mask` (B, 1, T, T), true where token i may look at token j, in place of
+        the causal one; `cache`, a dict with the keys and values of earlier tokens, to which those of idx are added."""
         pos = torch.arange(idx.size(1), device=idx.device) if pos is None else pos
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)
         for block in self.transformer.h:
@@ -255,10 +265,9 @@ class GPT2(nn.Module):
         its own keeps sampling from disturbing other random numbers."""
         cache, seen = {}, 0  # what a token offers to later ones does not change: it is computed once
         for _ in range(max_new_tokens):
-            T = idx.size(1)
-            if T <= self.config.block_size:
-                x = self.hidden(idx[:, seen:], torch.arange(seen, T, device=idx.device), cache=cache)
-                seen = T
+            if idx.size(1) <= self.config.block_size:
+                x = self.hidden(idx[:, seen:], torch.arange(seen, idx.size(1), device=idx.device), cache=cache)
+                seen = idx.size(1)
             else:  # but here each token's position changes with each step
                 x = self.hidden(idx[:, -self.config.block_size :])
             logits = self.logits(x[:, -1]).float()  # (B, V)
@@ -576,6 +585,7 @@ def load_checkpoint(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != 1:
             raise ValueError("another format")
+        check_weights(state["config"], state["model"])
         return state
     except Exception as error:  # a damaged or foreign file fails in any layer: zip, pickle, torch, ours
         raise UserError(f"{path} can't be read as a checkpoint ({type(error).__name__})") from error
@@ -594,12 +604,115 @@ def newest_checkpoint(log_dir: Path) -> dict | None:
     return None
 
 
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+
+
+def check_weights(config: dict, weights: dict) -> None:
+    """Raises ValueError unless these are the weights of a GPT-2 of this config, however large it says that is."""
+    V, count = config["vocab_size"], len(weights.keys() - {"lm_head.weight"})  # the twin of wte.weight, which counts
+    if not all(type(config[size]) is int and config[size] > 0 for size in SIZES) or config["n_embd"] % config["n_head"]:
+        raise ValueError(f"no model has these sizes: {config}")
+    with torch.device("meta"):  # shapes without memory; of one block, since all are alike
+        model = GPT2(GPT2Config(**{**config, "n_layer": 1}))
+    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    for name, value in weights.items():
+        layer = re.match(r"transformer\.h\.(\d+)", name)
+        expected = shapes.get(name if layer is None else name.replace(layer[0], "transformer.h.0", 1))
+        if expected is None or (layer and int(layer[1]) >= config["n_layer"]):
+            raise ValueError(f"{name} is no weight of a GPT-2 of {config['n_layer']} layers")
+        if tuple(value.shape) not in (expected, (V, *expected[1:]) if "wte" in name else expected):
+            raise ValueError(f"{name} has the shape {tuple(value.shape)}, not {expected}")
+    if count != 12 * config["n_layer"] + 4:
+        raise ValueError(f"{count} weights are not all of a GPT-2 of {config['n_layer']} layers")
+
+
 def load_weights(model: GPT2, state: dict, where: str) -> None:
-    """Put a checkpoint's weights into the model. Raises UserError when it is of another size."""
-    pairs = [(name, state["config"].get(name), value) for name, value in list(asdict(model.config).items())[:-2]]
-    if differ := ", ".join(f"{name} {theirs}, not {ours}" for name, theirs, ours in pairs if theirs != ours):
-        raise UserError(f"{where} holds another model: {differ}; change these flags, or choose another one")
-    model.load_state_dict(state["model"])
+    """Put a checkpoint's weights into the model, with or without the padding of its vocabulary. Raises UserError when
+    they are those of a model of another size."""
+    for size in SIZES:
+        if (theirs := state["config"][size]) != (ours := getattr(model.config, size)):
+            what = "the data ask" if size == "vocab_size" else f"--{size} asks"
+            raise UserError(f"{where} holds a model of {size} {theirs} and {what} for {ours}; choose another")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            rows = model.config.vocab_size if name == "transformer.wte.weight" else len(p)
+            p[:rows] = state["model"][name][:rows]
+
+
+# What a config of Hugging Face's must say to mean the model above, and the weights stored the other way round there
+PUBLISHED = dict(
+    model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
+    scale_attn_by_inverse_layer_idx=False, add_cross_attention=False, tie_word_embeddings=True,
+)  # fmt: skip
+TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
+
+
+def read_pretrained(what: str) -> dict:
+    """Weights to start from, in a checkpoint's form: of "gpt2" … "gpt2-xl", from the Hugging Face hub; of a folder that
+    transformers or --export wrote; of a model_*.pt. Raises UserError for anything else."""
+    names, path = [name for name in MODELS if name != "demo"], Path(what)
+    if path.is_file():
+        return load_checkpoint(path)
+    if what in names:
+        try:
+            import huggingface_hub
+
+            for file in "config.json", "model.safetensors":
+                path = Path(huggingface_hub.hf_hub_download(f"openai-community/{what}", file)).parent
+        except Exception as error:  # no network shows itself in a dozen types of exception
+            reason = f"{file} of openai-community/{what} can't be downloaded ({type(error).__name__})"
+            raise UserError(f"{reason}; connect to the network, or name a local folder that holds it") from error
+    if not path.is_dir():
+        raise UserError(f"{what} is no model; name one of {', '.join(names)}, a Hugging Face folder or a model_*.pt")
+    try:
+        from safetensors.torch import load_file
+
+        folder, path, model = path, path / "config.json", {}
+        hf = json.loads(path.read_text(encoding="utf-8"))
+        config = {size: hf["n_positions" if size == "block_size" else size] for size in SIZES}
+        for _, vocab_size in ENCODINGS.values():  # someone else's padding
+            if vocab_size < config["vocab_size"] <= -(-vocab_size // 128) * 128:
+                config["vocab_size"] = vocab_size
+        if differ := [f"{key} {hf[key]}" for key, value in PUBLISHED.items() if hf.get(key, value) != value]:
+            raise ValueError(f"another model than GPT-2: {', '.join(differ)}")
+        for path in sorted(folder.glob("model-*.safetensors")) or [folder / "model.safetensors"]:  # or in parts
+            for name, value in load_file(path).items():
+                if not name.endswith((".attn.bias", ".attn.masked_bias")):  # older versions stored the causal mask
+                    name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+                    model[name] = value.t() if name.endswith(TRANSPOSED) else value
+        check_weights(config, model)
+    except Exception as error:  # a damaged or foreign file fails in any layer
+        raise UserError(f"{path} can't be read as a GPT-2's ({error or type(error).__name__}); get it again") from error
+    return dict(config=config, model=model)
+
+
+def export(model: GPT2, folder: Path) -> None:
+    """Write a folder that transformers' GPT2LMHeadModel.from_pretrained opens: config.json, generation_config.json and
+    model.safetensors. It appears whole or not at all. Raises UserError when it holds something or can't be written."""
+    from safetensors.torch import save_file
+
+    c, weights = model.config, {}
+    for name, p in model.named_parameters():
+        value = p.detach()[: c.vocab_size] if name == "transformer.wte.weight" else p.detach()
+        weights[name] = (value.t() if name.endswith(TRANSPOSED) else value).contiguous()
+    special = dict(bos_token_id=c.vocab_size - 1, eos_token_id=c.vocab_size - 1)  # <|endoftext|> is the last token
+    config = dict(
+        PUBLISHED, **special, architectures=["GPT2LMHeadModel"], embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+        **{"n_positions" if size == "block_size" else size: getattr(c, size) for size in SIZES},
+    )  # fmt: skip
+    partial = folder.with_name(folder.name + ".tmp")
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"--export {folder} is there already; choose another folder, or remove it")
+        partial.mkdir(parents=True, exist_ok=True)
+        save_file(weights, partial / "model.safetensors", metadata=dict(format="pt"))
+        for name, content in ("config.json", config), ("generation_config.json", special):
+            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"--export {folder} can't be written ({error}); choose another folder") from error
 
 
 def resume(cfg: TrainConfig, model: GPT2, optimizer, scaler, device: torch.device) -> tuple[int, float | None]:
@@ -613,6 +726,8 @@ def resume(cfg: TrainConfig, model: GPT2, optimizer, scaler, device: torch.devic
         return 0, None
     if start > cfg.max_steps:
         raise UserError(f"{cfg.log_dir} is {start} steps on, past --max_steps {cfg.max_steps}; choose more, or another")
+    if (padded := state["config"]["pad_vocab"]) != cfg.pad_vocab:
+        raise UserError(f"{cfg.log_dir} holds a run with pad_vocab {padded}; use --{'' if padded else 'no-'}pad_vocab")
     load_weights(model, state, cfg.log_dir)
     settings = optimizer.state_dict()["param_groups"]  # the moments are the run's, rate and decay today's flags
     optimizer.load_state_dict(dict(state=state["optimizer"]["state"], param_groups=settings))
@@ -828,7 +943,7 @@ def train(cfg: TrainConfig) -> int:
     train_loader, val_loader = open_data(cfg)
     model = GPT2(GPT2Config(**{f.name: getattr(cfg, f.name) for f in fields(GPT2Config)}))
     if cfg.init_from != "scratch":
-        load_weights(model, load_checkpoint(Path(cfg.init_from)), cfg.init_from)
+        load_weights(model, read_pretrained(cfg.init_from), cfg.init_from)
     model.to(device)
     optimizer = model.configure_optimizers(cfg.weight_decay, cfg.max_lr, cfg.fused_adamw)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")  # lifts small gradients into fp16's range
@@ -949,7 +1064,7 @@ def parse_flags(argv: list[str] | None) -> TrainConfig:
     flags = {f.name: f for f in fields(TrainConfig) if f.metadata}
     for name, f in flags.items():
         kind, choices = getattr(f.type, "__args__", [f.type])[0], f.metadata["choices"]  # int | None -> int
-        auto = f.default is None and name != "generate"
+        auto = f.default is None and name not in ("generate", "export")
         how = dict(type=or_auto(kind) if auto else kind, choices=choices and (*choices, *[None] * auto))
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else how
         default = "" if f.default is None else f" ({f.default})"
@@ -960,26 +1075,34 @@ def parse_flags(argv: list[str] | None) -> TrainConfig:
         if low is not None and not low <= value < 2**63:  # refuses nan, too
             raise UserError(f"--{name} {value} is not a number of at least {low}")
     demo = "data" not in given and not find_shards(FINEWEB_DATA, "train")
-    if demo and "generate" not in given:
+    if demo and not {"generate", "export"} & given.keys():
         say(f"no shards in {FINEWEB_DATA} (python fineweb.py makes them): training on Python's standard library")
-    model = given.get("model", "demo" if demo else "gpt2")
+    init_from = given.get("init_from", "scratch")
+    model = given.get("model", "demo" if demo else init_from if init_from in MODELS else "gpt2")
     brought = dict(MODELS[model], model=model, data=str(FINEWEB_DATA), log_dir="log")
     brought.update(dict(data=str(DEMO_DATA), log_dir="log_demo") if demo else {})
-    if given.get("init_from", "scratch") != "scratch":
-        brought.update(load_checkpoint(Path(given["init_from"]))["config"])
+    if init_from != "scratch":
+        brought.update(read_pretrained(init_from)["config"])
     return TrainConfig(**{**brought, **given})
 
 
-def generate(cfg: TrainConfig) -> int:
-    """Print samples from --init_from, or from the newest checkpoint in the log folder. Returns the exit code."""
+def use(cfg: TrainConfig) -> int:
+    """Do what --generate or --export says, with the weights of --init_from, or else of the newest checkpoint in the log
+    folder. Returns the exit code."""
     device = choose_device(cfg.device)
-    state = load_checkpoint(Path(cfg.init_from)) if cfg.init_from != "scratch" else newest_checkpoint(Path(cfg.log_dir))
+    state = read_pretrained(cfg.init_from) if cfg.init_from != "scratch" else newest_checkpoint(Path(cfg.log_dir))
     if state is None:
         raise UserError(f"no checkpoint in {cfg.log_dir}; train first, or name one with --init_from or --log_dir")
     model = GPT2(GPT2Config(**{**state["config"], "attention": cfg.attention}))
-    model.load_state_dict(state["model"])
-    encoding = next(get for get, vocab_size in ENCODINGS.values() if vocab_size == model.config.vocab_size)()
-    print_samples(model.to(device), encoding, cfg, cfg.generate, cfg.seed)
+    load_weights(model, state, cfg.init_from)
+    if cfg.export is not None:
+        export(model, Path(cfg.export))
+        say(f"{cfg.export}: {model.num_params():,} parameters, for transformers' GPT2LMHeadModel.from_pretrained")
+    if cfg.generate is not None:
+        known = [get for get, vocab_size in ENCODINGS.values() if vocab_size == model.config.vocab_size]
+        if not known:
+            raise UserError(f"no encoding has the {model.config.vocab_size} tokens of this model; it can't write")
+        print_samples(model.to(device), known[0](), cfg, cfg.generate, cfg.seed)
     return 0
 
 
@@ -987,7 +1110,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
     try:
         cfg = parse_flags(argv)
-        code = train(cfg) if cfg.generate is None else generate(cfg)
+        code = train(cfg) if cfg.generate is cfg.export is None else use(cfg)
     except UserError as error:
         if RANK != 0:  # rank 0 may say the same; then torchrun ends this process while it waits
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
