@@ -1,9 +1,10 @@
 """Nothing is lost: real processes are stopped, killed and starved at every point, and end where an untouched one ends.
 
-Most tests here run in a Python process of their own, which forks the runs it needs: torch is imported once a test, and a
-run can be made to meet its end at a chosen point. What is forked gets and sends real signals and writes real files.
+Most tests here run in a Python process of their own, which forks the runs it needs: torch is imported once a test, and
+a run can be made to meet its end at a chosen point. What is forked gets real signals and writes real files.
 """
 
+import functools
 import io
 import os
 import random
@@ -226,7 +227,8 @@ def test_kills_while_the_demo_s_data_are_written_leave_whole_data_or_none():
     whole = {name: Path("python_stdlib", name).read_bytes() for name in files}
     shutil.rmtree("python_stdlib")
     for signum, code in (signal.SIGINT, 130), (signal.SIGTERM, -15):  # nothing is trained yet that could be saved
-        assert_runs(*flags, code=code, prepare=lambda s=signum: prepare(np, "save", 2, lambda *_: signal.raise_signal(s)))
+        point = (np, "save", 2, lambda *_, signum=signum: signal.raise_signal(signum))
+        assert_runs(*flags, code=code, prepare=lambda point=point: prepare(*point))
         assert not Path("python_stdlib").exists()
     assert_runs(*flags, "--log_dir=again", prepare=prepare)
     assert whole == {name: Path("python_stdlib", name).read_bytes() for name in files}
@@ -324,7 +326,9 @@ def test_full_disk_and_lost_folder_are_one_line_and_the_last_good_checkpoint_sta
     assert_same("whole", "log")
 
     shutil.rmtree("log")
-    output = assert_runs(*TINY, "--log_dir=log", code=2, prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)))
+    full = (9000, resource.RLIM_INFINITY)
+    prepare = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, full)
+    output = assert_runs(*TINY, "--log_dir=log", code=2, prepare=prepare)
     assert_one_error(output, "python_stdlib can't be written")
     assert names(".") == ["data", "whole"]
 
@@ -392,13 +396,15 @@ def job(trouble, *argv, cwd, options=()):
     """Start a torchrun job of two processes, with trouble ahead."""
     (cwd / "driver.py").write_text(DRIVER + textwrap.dedent(trouble) + "\nsys.exit(train_gpt2.main())\n")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
-    env, pipe = dict(os.environ, OMP_NUM_THREADS="1"), subprocess.PIPE
+    # By default restarted workers may read the addresses of those before them (pytorch/pytorch#135712)
+    env = dict(os.environ, OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    pipe = subprocess.PIPE
     return subprocess.Popen(
         [*launcher, "driver.py", *argv], cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True, errors="replace"
     )
 
 
-KILLS = int(os.environ.get("KILLS", 3))  # of torchrun's workers; each costs the import of torch
+KILLS = int(os.environ.get("KILLS", 2))  # of torchrun's workers; each costs the import of torch
 
 
 @needs_fork
@@ -420,7 +426,8 @@ def test_torchrun_brings_killed_workers_back_and_they_end_like_untouched_ones(he
             break
     output, errors = process.communicate(timeout=240)
     assert "stopped after" in output, output + errors
-    process = job('trap(train_gpt2.GPT2, "forward", 9, lambda: train_gpt2.say("now"))', *run, "--log_dir=parts", cwd=here)
+    trouble = 'trap(train_gpt2.GPT2, "forward", 9, lambda: train_gpt2.say("now"))'
+    process = job(trouble, *run, "--log_dir=parts", cwd=here)
     while line := process.stdout.readline():
         if line.startswith("now"):
             process.send_signal(signal.SIGINT)
@@ -444,7 +451,8 @@ def test_torchrun_brings_killed_workers_back_and_they_end_like_untouched_ones(he
          forward = train_gpt2.GPT2.forward
          def broken(self, *args):
              logits, loss = forward(self, *args)
-             return logits, loss * (math.nan if RANK == 1 and self.training and calls.append(1) or len(calls) > 8 else 1)
+             calls.append(1)
+             return logits, loss * (math.nan if RANK == 1 and len(calls) > 8 else 1)
          calls = []
          train_gpt2.GPT2.forward = broken
          """, "error: step "),
@@ -457,18 +465,19 @@ def test_rank_that_fails_ends_the_job_with_the_cause_last_on_the_screen(here, tr
     _, errors = process.communicate(timeout=240)
     assert process.returncode != 0 and time.time() - start < 120
     assert cause in errors[errors.rindex("Root Cause") :], errors
-    assert errors.count("Traceback") <= 2 and "closed by peer" not in errors, errors  # torchrun's own, and a bug's
+    assert errors.count("Traceback") <= 3, errors  # torchrun's own, and a bug's where it happens and in the report
+    assert "closed by peer" not in errors, errors
 
 
 @needs_fork
 def test_run_goes_on_with_more_processes_and_another_micro_batch(here):
-    python(PROGRAM, *RUN, "--log_dir=whole", cwd=here)
-    parts = [PROGRAM, *RUN, "--log_dir=parts", "--checkpoint_every=7"]
-    python(*parts, cwd=here)
+    parts = [*RUN, "--log_dir=parts", "--checkpoint_every=7", "--keep_checkpoints=0"]
+    assert main([*RUN, "--log_dir=whole"]) == main(parts) == 0
+    for step in 14, 20:
+        (here / f"parts/model_{step:05d}.pt").unlink()
+    assert main([*parts, "--micro_batch_size=2"]) == 0
     (here / "parts/model_00020.pt").unlink()
-    (here / "parts/model_00014.pt").unlink(missing_ok=True)
-    python(*parts, "--micro_batch_size=2", "--max_steps=14", cwd=here)
-    torchrun(*parts, cwd=here)
+    torchrun(PROGRAM, *parts, cwd=here)
     for stream, tolerance in ("train", dict(abs=1e-4)), ("norm", dict(rel=1e-3)):
         whole, mixed = (read_log(here / folder)[stream] for folder in ("whole", "parts"))
         assert list(whole) == list(mixed) and list(mixed.values()) == pytest.approx(list(whole.values()), **tolerance)
