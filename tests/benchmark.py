@@ -164,7 +164,8 @@ def ladder(args) -> None:
 # step: train_gpt2.py as it runs, against the products alone
 
 
-NOTHING_BUT_STEPS = ["--warmup_steps=0", "--val_every=0", "--sample_every=0", "--hellaswag_every=0", "--checkpoint_every=0"]
+NEVER = ("val", "sample", "hellaswag", "checkpoint")
+NOTHING_BUT_STEPS = ["--warmup_steps=0", *(f"--{name}_every=0" for name in NEVER)]
 
 
 def median_step(flags: list[str], first: int) -> float:
