@@ -24,6 +24,9 @@ import signal
 import sys
 import sysconfig
 import time
+import traceback
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -34,6 +37,11 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+
+if os.name == "nt":
+    import msvcrt
+else:
+    import fcntl
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration. Each flag is one field of TrainConfig. A named model replaces defaults, the command line replaces both.
@@ -115,6 +123,17 @@ class TrainConfig(GPT2Config):
     max_new_tokens: int = flag(64, "tokens a sample", low=1)
     temperature: float = flag(1.0, "of the samples; 0: always the likeliest token", low=0)
     top_k: int = flag(50, "sample among the k likeliest tokens; 0: among all", low=0)
+
+
+def flush(*paths: Path) -> None:
+    """Have files, or folders' lists of files, safe on the disk: a power cut forgets what the system has not written."""
+    for path in paths:
+        if os.name == "posix" or path.is_file():  # Windows opens no folders
+            fd = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
 
 
 def say(message: str) -> None:
@@ -429,21 +448,24 @@ def write_demo_data(folder: Path) -> None:
         raise UserError(f"{stdlib} holds no source of Python's standard library; use --data")
     np.random.RandomState(0).shuffle(files)
     partial = folder.with_suffix(f".{RANK}.tmp")  # the folder appears when it is whole
-    partial.mkdir(exist_ok=True)
     shards, held_out = [], len(files) // 40
-    for name, part in ("python_val_000000.npy", files[:held_out]), ("python_train_000001.npy", files[held_out:]):
-        texts = [np.frombuffer(path.read_bytes(), np.uint8).astype(np.uint16) for path in part]
-        tokens = np.concatenate([np.insert(text, 0, 256) for text in texts])  # each starts with <|endoftext|>
-        np.save(partial / name, tokens)
-        sha256 = hashlib.sha256((partial / name).read_bytes()).hexdigest()
-        shards.append(dict(name=name, tokens=len(tokens), sha256=sha256))
-    source = f"standard library of Python {sys.version.split()[0]}"
-    manifest = dict(encoding="bytes", vocab_size=257, source=source, shards=shards)
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     try:
+        partial.mkdir(exist_ok=True)
+        for name, part in ("python_val_000000.npy", files[:held_out]), ("python_train_000001.npy", files[held_out:]):
+            texts = [np.frombuffer(path.read_bytes(), np.uint8).astype(np.uint16) for path in part]
+            tokens = np.concatenate([np.insert(text, 0, 256) for text in texts])  # each starts with <|endoftext|>
+            np.save(partial / name, tokens)
+            sha256 = hashlib.sha256((partial / name).read_bytes()).hexdigest()
+            shards.append(dict(name=name, tokens=len(tokens), sha256=sha256))
+        source = f"standard library of Python {sys.version.split()[0]}"
+        manifest = dict(encoding="bytes", vocab_size=257, source=source, shards=shards)
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        flush(*partial.iterdir())
         partial.rename(folder)
-    except OSError:  # another process was first
-        shutil.rmtree(partial)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not folder.exists():  # else another process was first
+            raise UserError(f"{folder} can't be written ({error}); make room for 30 MB, or use --data") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -465,37 +487,45 @@ def to_device(z: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def validation_loss(model, loader: DataLoaderLite, val_tokens: int, device: torch.device) -> float:
+def validation_loss(model, loader: DataLoaderLite, val_tokens: int, device: torch.device, stop=()) -> float | None:
     """Mean loss, nats a token, over the loader's first `val_tokens` tokens (one window at least), the same whatever the
-    batch and the number of ranks. Rows that fill up the last batch do not count: a compiled model sees one shape."""
+    batch and the number of ranks. Rows that fill up the last batch do not count: a compiled model sees one shape. None
+    when something came into `stop` on any rank meanwhile."""
     num_windows = min(loader.num_windows, max(1, val_tokens // loader.T))
     total = 0.0
     for i in range(math.ceil(num_windows / (loader.B * loader.world_size))):
         count = min(loader.B, num_windows - (i * loader.world_size + loader.rank) * loader.B)
-        if count > 0:
+        if count > 0 and not stop:
             batch = loader.batch(i)
             batch[1, count:] = -100
             total += model(*to_device(batch, device))[1].item() * count
-    return sum_over_ranks([total], device)[0] / num_windows
+    total, stopped = sum_over_ranks([total, len(stop)], device)
+    return None if stopped else total / num_windows
 
 
-def read_hellaswag(path: Path) -> list[tuple[np.ndarray, list[np.ndarray], int]]:
+def read_hellaswag(path: Path, vocab_size: int = 50257) -> list[tuple[np.ndarray, list[np.ndarray], int]]:
     """Read llm.c's multiple-choice format -> [(context tokens, four endings, index of the right one)]: 256 int32 of
     header (20240522, version 1, examples, longest in bytes); then uint16, for each example 65535, its bytes, index,
-    label and number of endings, then length and tokens of context and endings. Raises UserError for anything else."""
+    label and number of endings, then length and tokens of context and endings. Raises UserError for anything else, and
+    for tokens beyond the vocabulary."""
     try:
         raw, examples, at = np.fromfile(path, dtype="<u2"), [], 512
         if tuple(raw[:4]) != (20240522 & 0xFFFF, 20240522 >> 16, 1, 0):
             raise ValueError("wrong magic number or version")
-        for _ in range(raw[:512].view("<i4")[2]):
-            example, parts, p = raw[at : at + raw[at + 1] // 2].astype(np.int64), [], 5
+        while at < len(raw):
+            example, parts, p = raw[at : at + int(raw[at + 1]) // 2].astype(np.int64), [], 5
             for _ in range(1 + 4):
                 parts.append(example[p + 1 : p + 1 + example[p]])
-                p += 1 + example[p]
-            if example[0] != 65535 or example[4] != 4 or p != len(example) or not all(map(len, parts)):
+                p += 1 + int(example[p])
+            label, endings = int(example[3]), example[4]
+            if example[0] != 65535 or label > 3 or endings != 4 or p != len(example) or not all(map(len, parts)):
                 raise ValueError(f"example {len(examples)} is damaged")
-            examples.append((parts[0], parts[1:], int(example[3])))
+            if np.concatenate(parts).max() >= vocab_size:
+                raise ValueError(f"example {len(examples)} has a token beyond a vocabulary of {vocab_size}")
+            examples.append((parts[0], parts[1:], label))
             at += len(example)
+        if not examples or len(examples) != raw[:512].view("<i4")[2]:
+            raise ValueError(f"the header promises other than the {len(examples)} examples there are")
     except (OSError, ValueError, IndexError) as error:
         raise UserError(f"{path} is no HellaSwag token file ({error}); get it again, or remove it") from error
     return examples
@@ -563,32 +593,77 @@ def checkpoint_paths(log_dir: Path) -> list[Path]:
     return sorted(paths, key=lambda path: int(path.stem[6:]))
 
 
-def save_checkpoint(log_dir: Path, step: int, model, optimizer, scaler, cfg: TrainConfig, val_loss) -> None:
-    """Write model_<step>.pt, the state after `step` optimiser steps. It appears whole or not at all, and checkpoints
-    beyond `keep_checkpoints` go only once it is there."""
-    path = log_dir / f"model_{step:05d}.pt"
-    partial = path.with_suffix(".tmp")
-    state = dict(format=1, step=step, val_loss=val_loss, config=asdict(model.config), train_config=asdict(cfg))
-    state.update(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    for old in checkpoint_paths(log_dir)[: -cfg.keep_checkpoints] if cfg.keep_checkpoints else ():
+def lock_folder(log_dir: Path):
+    """Keep other runs out of a log folder while the returned file is open; the system lets go of the lock when the
+    process ends, in whatever way. Raises UserError when another run has it, or when the folder can't be written."""
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        file = open(log_dir / ".lock", "a")
+    except OSError as error:
+        raise UserError(f"--log_dir {log_dir} can't be written ({error}); choose another") from error
+    for _ in range(50):  # a run that was killed, to be started again at once, may take a moment to die
+        try:
+            if os.name == "nt":
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except (BlockingIOError, PermissionError):
+            time.sleep(0.1)
+        except OSError:  # a file system without locks
+            return file
+    raise UserError(f"another run is writing to --log_dir {log_dir}; wait for its end, or choose another folder")
+
+
+def checkpoint_state(step: int, model: GPT2, optimizer, scaler, cfg: TrainConfig, val_loss) -> dict:
+    """What a checkpoint holds: the state after `step` optimiser steps, copied to the CPU so that training can go on."""
+
+    def copied(tensors):
+        return {name: value.to("cpu", copy=True) for name, value in tensors.items()}
+
+    weights, moments = copied(model.state_dict()), optimizer.state_dict()
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]  # one matrix, in the file too
+    moments["state"] = {i: copied(state) for i, state in moments["state"].items()}
+    return dict(
+        format=1, step=step, val_loss=val_loss, config=asdict(model.config), train_config=asdict(cfg),
+        model=weights, optimizer=moments, scaler=scaler.state_dict(),
+    )  # fmt: skip
+
+
+def save_checkpoint(log_dir: Path, state: dict, keep: int) -> None:
+    """Write model_<step>.pt. It appears whole or not at all, and of those before it all but the newest `keep` go (0:
+    none) once it is safe. Raises ValueError for weights that are broken."""
+    if not all(weight.isfinite().all() for weight in state["model"].values()):
+        raise ValueError(f"the weights after step {state['step'] - 1} are not finite; try a lower --max_lr")
+    path, partial = log_dir / f"model_{state['step']:05d}.pt", log_dir / "model.tmp"
+    try:
+        try:
+            torch.save(state, partial)
+        except RuntimeError as error:  # so torch puts it
+            raise OSError(f"{path} can't be written whole; is the disk full?") from error
+        flush(log_dir / "log.txt", partial)  # the log is complete up to each checkpoint, even after a power cut
+        os.replace(partial, path)
+        flush(log_dir)
+    finally:
+        partial.unlink(missing_ok=True)
+    paths = checkpoint_paths(log_dir)
+    for old in paths[: max(0, paths.index(path) + 1 - keep)] if keep else ():
         old.unlink()
 
 
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint onto the CPU, running no code from it. Raises UserError when it is not one of ours."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size or archive.testzip():
+                raise ValueError("damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != 1:
+        if state["format"] != 1 or type(state["step"]) is not int or state["step"] < 0:
             raise ValueError("another format")
         check_weights(state["config"], state["model"])
         return state
     except Exception as error:  # a damaged or foreign file fails in any layer: zip, pickle, torch, ours
-        raise UserError(f"{path} can't be read as a checkpoint ({type(error).__name__})") from error
+        raise UserError(f"{path} can't be read as a checkpoint ({error!r:.100})") from error
 
 
 def newest_checkpoint(log_dir: Path) -> dict | None:
@@ -730,9 +805,14 @@ def resume(cfg: TrainConfig, model: GPT2, optimizer, scaler, device: torch.devic
         raise UserError(f"{cfg.log_dir} holds a run with pad_vocab {padded}; use --{'' if padded else 'no-'}pad_vocab")
     load_weights(model, state, cfg.log_dir)
     settings = optimizer.state_dict()["param_groups"]  # the moments are the run's, rate and decay today's flags
-    optimizer.load_state_dict(dict(state=state["optimizer"]["state"], param_groups=settings))
-    if state["scaler"]:  # empty but for runs in fp16
-        scaler.load_state_dict(state["scaler"])
+    try:
+        optimizer.load_state_dict(dict(state=state["optimizer"]["state"], param_groups=settings))
+        if state["scaler"]:  # empty but for runs in fp16
+            scaler.load_state_dict(state["scaler"])
+        if cfg.deterministic:  # sums of other lengths round differently
+            cfg.micro_batch_size = cfg.micro_batch_size or state["train_config"]["micro_batch_size"]
+    except Exception as error:
+        raise UserError(f"the checkpoint in {cfg.log_dir} holds no run to go on with ({error!r:.100})") from error
     say(f"resuming {cfg.log_dir} after {start:,} steps")
     return start, state["val_loss"]
 
@@ -743,17 +823,20 @@ def open_log(log_dir: Path, start: int):
     UserError when the folder can't be written."""
     path = log_dir / "log.txt"
     try:
-        log_dir.mkdir(parents=True, exist_ok=True)
         if path.exists() and start == 0:  # a run that left no checkpoint to go on from; its log is not ours to delete
             path.rename(log_dir / f"log_{path.stat().st_mtime_ns}.txt")
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and int(line.split()[0]) < start]
         path.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
         os.replace(path.with_suffix(".tmp"), path)
-        file = open(path, "a", encoding="utf-8", buffering=1)
     except (OSError, ValueError, IndexError) as error:
         raise UserError(f"--log_dir {log_dir} can't hold the log of this run ({error}); choose another") from error
-    return lambda step, **streams: file.writelines(f"{step} {name} {value:.8g}\n" for name, value in streams.items())
+
+    def record(step, **streams):
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(f"{step} {name} {value:.8g}\n" for name, value in streams.items())
+
+    return record
 
 
 def read_log(path: Path) -> dict[str, np.ndarray]:
@@ -1009,6 +1092,9 @@ def train(cfg: TrainConfig) -> int:
     model.to(device)
     optimizer = model.configure_optimizers(cfg.weight_decay, cfg.max_lr, cfg.fused_adamw)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")  # lifts small gradients into fp16's range
+    log_dir, lock = Path(cfg.log_dir), None
+    if RANK == 0 and (log_dir / ".lock").exists():  # the run that made it may be writing checkpoints still
+        lock = lock_folder(log_dir)
     start, val_loss = resume(cfg, model, optimizer, scaler, device)
 
     # Precision, compilation, micro-batch, processes. Shapes are static: training and validation compile once each, and
@@ -1023,8 +1109,29 @@ def train(cfg: TrainConfig) -> int:
     ddp = compiled if WORLD_SIZE == 1 else DistributedDataParallel(compiled)
 
     summarise(cfg, model, train_loader, val_loader, encoding_name)
-    log_dir = Path(cfg.log_dir)
-    record = open_log(log_dir, start) if RANK == 0 else lambda step, **streams: None
+    if RANK == 0:
+        lock = lock or lock_folder(log_dir)
+        write_log = open_log(log_dir, start)
+    background, failures = ThreadPoolExecutor(max_workers=1), []
+
+    def in_background(write, *args, **options):
+        """Rank 0 writes files one after the other while training goes on: the log, then a checkpoint made after it."""
+
+        def attempt():
+            try:
+                write(*args, **options)
+            except Exception as error:
+                failures.append(str(error) or repr(error))
+
+        return background.submit(attempt)
+
+    def record(step, **streams):
+        if RANK == 0:
+            in_background(write_log, step, **streams)
+
+    def due(every):
+        return every and (t % every == 0 or last) and not stopping
+
     flops = model.flops_per_token(cfg.sequence_length) * cfg.total_batch_size
     peak = peak_flops(cfg)
     caught = []  # the first SIGINT or SIGTERM is noted here, for the loop to see; a second one kills
@@ -1032,17 +1139,21 @@ def train(cfg: TrainConfig) -> int:
         signal.signal(signum, lambda n, frame: (caught.append(n), signal.signal(n, signal.SIG_DFL)))
     batch = to_device(train_loader.batch(start * A), device)
     usual_seconds = None  # a running mean, to tell the time left
+    saved, stopping, failed = None, False, 0
 
     for t in range(start, cfg.max_steps + 1):
         last, of_all = t == cfg.max_steps, f"step {t:5d}/{cfg.max_steps}"
         # Once in a while, all ranks: the loss on held-out text
-        if cfg.val_every and (t % cfg.val_every == 0 or last):
+        if due(cfg.val_every):
             with autocast:
-                val_loss = validation_loss(compiled, val_loader, cfg.val_tokens, device)
-            record(t, val=val_loss)
-            say(f"{of_all} | val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 99)):.2f}")
+                loss = validation_loss(compiled, val_loader, cfg.val_tokens, device, stop=caught)
+            stopping = loss is None
+            if not stopping:
+                val_loss = loss
+                record(t, val=val_loss)
+                say(f"{of_all} | val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 99)):.2f}")
         # Once in a while, all ranks: HellaSwag
-        if examples and (t % cfg.hellaswag_every == 0 or last):
+        if examples and due(cfg.hellaswag_every):
             with autocast:
                 acc, acc_norm = evaluate_hellaswag(model, examples, device)
             record(t, hella=acc_norm)
@@ -1051,13 +1162,16 @@ def train(cfg: TrainConfig) -> int:
         if RANK == 0 and cfg.val_every and (t % cfg.val_every == 0 or last):
             draw_curves(log_dir, (cfg.n_layer, cfg.n_embd), cfg.data == str(FINEWEB_DATA))
         # Once in a while, rank 0: samples
-        if RANK == 0 and encoding and t > 0 and (t % cfg.sample_every == 0 or last):
+        if RANK == 0 and encoding and t > 0 and due(cfg.sample_every):
             with autocast:
                 print_samples(model, encoding, cfg, cfg.prompt, seed=cfg.seed + t)
-        # Once in a while, rank 0: a checkpoint
-        if RANK == 0 and cfg.checkpoint_every and t > start and (t % cfg.checkpoint_every == 0 or last):
-            save_checkpoint(log_dir, t, model, optimizer, scaler, cfg, val_loss)
-        if last:
+        # Once in a while, rank 0: a checkpoint. Training waits only for the copy, and for the one before to be written
+        if RANK == 0 and t > start and (due(cfg.checkpoint_every) or (stopping and cfg.checkpoint_every)):
+            if saved:
+                saved.result()
+            state = checkpoint_state(t, model, optimizer, scaler, cfg, val_loss)
+            saved, state = in_background(save_checkpoint, log_dir, state, cfg.keep_checkpoints), None
+        if last or stopping:
             break
 
         # One step, from tokens to new weights
@@ -1082,9 +1196,13 @@ def train(cfg: TrainConfig) -> int:
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        loss, signals = sum_over_ranks([total_loss.item() / WORLD_SIZE, len(caught)], device)
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+        loss, signals, failed = sum_over_ranks([total_loss.item() / WORLD_SIZE, len(caught), len(failures)], device)
+        stopping = signals > 0
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.get_scale() > 1):  # 1: no scaling is left
+            background.shutdown()  # an earlier checkpoint may be on its way
             raise UserError(f"step {t}: loss {loss}, gradient norm {norm}; try a lower --max_lr or another --dtype")
+        if failed:
+            break
         seconds = time.perf_counter() - t0
         usual_seconds = seconds if t <= start + 1 else 0.95 * usual_seconds + 0.05 * seconds
         left, tps = int(usual_seconds * (cfg.max_steps - t - 1)), cfg.total_batch_size / seconds
@@ -1098,13 +1216,16 @@ def train(cfg: TrainConfig) -> int:
         if t == 0:
             V = model.config.vocab_size
             say(f"first loss {loss:.4f}; to know nothing costs ln {V} = {math.log(V):.4f}")
-        if signals:
-            if RANK == 0 and cfg.checkpoint_every:
-                save_checkpoint(log_dir, t + 1, model, optimizer, scaler, cfg, val_loss)
-            saved = "the same command goes on from there" if cfg.checkpoint_every else "not saved: --checkpoint_every 0"
-            say(f"stopped after {t + 1:,} steps; {saved}")
-            return 128 + (caught[0] if caught else signal.SIGTERM)
-    return 0
+
+    background.shutdown()  # when all is written
+    if failed or failures:
+        reason = failures[0] if failures else "see rank 0"
+        raise UserError(f"writing to {log_dir} failed: {reason}; the newest checkpoint there stands")
+    if not stopping:
+        return 0
+    on = "the same command goes on from there" if cfg.checkpoint_every else "not saved: --checkpoint_every 0"
+    say(f"stopped after {t:,} steps; {on}")
+    return 128 + (caught[0] if caught else signal.SIGTERM)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1176,11 +1297,18 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg = parse_flags(argv)
         code = train(cfg) if cfg.generate is cfg.export is None else use(cfg)
-    except UserError as error:
-        if RANK != 0:  # rank 0 may say the same; then torchrun ends this process while it waits
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    except Exception as error:
+        users = isinstance(error, UserError)
+        if WORLD_SIZE > 1 and (RANK != 0 or not users):  # another rank may say it, or be what this one misses; torchrun
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # then ends this process while it waits
             time.sleep(5)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        cause = f"error: {error}" if users else traceback.format_exc()
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows it at the end of its report
+            report = json.dumps(dict(message=cause, timestamp=int(time.time())))
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(report, encoding="utf-8")
+        if not users:
+            raise
+        print(cause, file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -144,7 +144,7 @@ def test_schedule_of_everything_that_happens_once_in_a_while(here, capsys):
 
 def test_only_the_newest_checkpoints_are_kept(here):
     assert main([*RUN, "--log_dir", "log", "--checkpoint_every", "3"]) == 0
-    assert sorted(p.name for p in (here / "log").iterdir()) == ["log.txt", "model_00018.pt", "model_00020.pt"]
+    assert sorted(p.name for p in (here / "log").iterdir()) == [".lock", "log.txt", "model_00018.pt", "model_00020.pt"]
 
 
 def test_checkpoint_holds_what_it_should(here):
