@@ -776,6 +776,68 @@ def open_log(log_dir: Path, start: int):
     return lambda step, **streams: file.writelines(f"{step} {name} {value:.8g}\n" for name, value in streams.items())
 
 
+def read_log(path: Path) -> dict[str, np.ndarray]:
+    """log.txt, ours or build-nanogpt's, `step stream value` a line -> {stream: steps and values, (2, n)}."""
+    streams = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        step, stream, value = line.split()
+        streams.setdefault(stream, []).append((int(step), float(value)))
+    return {stream: np.array(points).T for stream, points in streams.items()}
+
+
+REFERENCES = {  # layers, width: HellaSwag acc_norm of OpenAI's GPT-2 and of GPT-3 of that size; loss on FineWeb-Edu
+    (12, 768): (0.2945, 0.337, 3.2924), (24, 1024): (0.3752, 0.436, None), (36, 1280): (0.4320, 0.510, None),
+    (48, 1600): (0.4889, 0.547, None),
+}  # fmt: skip
+
+
+def draw_curves(log_dir: Path, size: tuple[int, int] = (12, 768), fineweb: bool = True) -> None:
+    """Draw log.txt as curves.png, with what is published for a model of this many layers and channels (its loss only on
+    FineWeb-Edu) as lines. Never stops a run: where it can't draw, it says so."""
+    labels = dict(loss="loss, nats a token", hella="HellaSwag, acc_norm", norm="gradient norm", tps="tokens a second")
+    gpt2, gpt3, loss = REFERENCES.get(size, (None, None, None))
+    loss = loss if fineweb else None
+    try:
+        from matplotlib.figure import Figure  # not pyplot, which is for the main thread only
+
+        log = read_log(log_dir / "log.txt")
+        panels = [name for name in labels if name in log or (name == "loss" and log.keys() & {"train", "val"})]
+        rows = -(-len(panels) // 2)
+        figure = Figure(figsize=(12, 4 * rows), layout="constrained")
+        axes = {name: figure.add_subplot(rows, 2, i, ylabel=labels[name]) for i, name in enumerate(panels, 1)}
+        if "train" in log:
+            steps, values = log["train"]
+            n = max(1, len(values) // 50)
+            smooth = np.convolve(values, np.ones(n), "same") / np.convolve(np.ones_like(values), np.ones(n), "same")
+            axes["loss"].plot(steps, values, "C0", alpha=0.3, linewidth=0.7, label="train")
+            axes["loss"].plot(steps, smooth, "C0", label=f"train, mean of {n} steps")
+            if len(steps) > 100:  # the fall from ln V is over soon; what comes after it is to be seen
+                axes["loss"].set_ylim(0.98 * min(values.min(), loss or math.inf), 1.05 * smooth[n])
+        for stream, panel, style in ("val", "loss", "C3o-"), ("hella", "hella", "C2o-"):
+            if stream in log:
+                axes[panel].plot(*log[stream], style, markersize=3, label=f"{stream}, {log[stream][1, -1]:.4f} now")
+        for panel, value, style, label in (
+            ("loss", loss, "--", "GPT-2 124M, trained on FineWeb-Edu"),
+            ("hella", gpt2, "--", "OpenAI's GPT-2 of this size"), ("hella", gpt3, ":", "GPT-3 of this size"),
+        ):  # fmt: skip
+            if value and panel in axes:
+                axes[panel].axhline(value, color="k", linestyle=style, label=f"{label}: {value}")
+        for stream, scale, number in ("norm", "log", "{x:g}"), ("tps", "linear", "{x:,.0f}"):
+            if stream in log:
+                axes[stream].plot(*log[stream], "C1", linewidth=0.7)
+                axes[stream].set_yscale(scale)
+                axes[stream].yaxis.set(major_formatter=number, minor_formatter=number)
+        for name, panel in axes.items():
+            panel.set_xlabel("step")
+            panel.grid(alpha=0.3)
+            if name in ("loss", "hella"):
+                panel.legend()
+        figure.savefig(log_dir / "curves.tmp", format="png")
+        os.replace(log_dir / "curves.tmp", log_dir / "curves.png")
+    except Exception as error:  # no matplotlib, a full disk, a log that is none
+        say(f"{log_dir}/curves.png can't be drawn ({error!r})")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -1005,6 +1067,9 @@ def train(cfg: TrainConfig) -> int:
                 acc, acc_norm = evaluate_hellaswag(model, examples, device)
             record(t, hella=acc_norm)
             say(f"{of_all} | hellaswag acc {acc:.4f}, acc_norm {acc_norm:.4f}")
+        # Once in a while, rank 0: the curves so far
+        if RANK == 0 and cfg.val_every and (t % cfg.val_every == 0 or last):
+            draw_curves(log_dir, (cfg.n_layer, cfg.n_embd), cfg.data == str(FINEWEB_DATA))
         # Once in a while, rank 0: samples
         if RANK == 0 and encoding and t > 0 and (t % cfg.sample_every == 0 or last):
             with autocast:

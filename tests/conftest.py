@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "train_gpt2.py"
 sys.path.insert(0, str(ROOT))
 sys.dont_write_bytecode = True
-os.environ.update(TIKTOKEN_CACHE_DIR="", HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1")
+# One thread: small models gain nothing from more, and a busy machine makes threads that wait for each other slow
+os.environ.update(TIKTOKEN_CACHE_DIR="", HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
 
 # A model and a schedule that take a second
 TINY = [
