@@ -203,8 +203,8 @@ def run(args) -> None:
         if vocab_size < needed:
             raise UserError(f"{args.model} has a vocabulary of {vocab_size}; HellaSwag is in GPT-2's {needed} tokens")
     prepare(path, args.file)
+    examples = train_gpt2.read_hellaswag(path)[: args.limit]
     if model is not None:
-        examples = train_gpt2.read_hellaswag(path)[: args.limit]
         score(model.to(device), examples, device, args.dtype or train_gpt2.native_dtype(device), args.show)
 
 

@@ -360,7 +360,8 @@ def test_show_prints_context_endings_losses_the_choice_and_the_right_one(folder,
 
 
 def test_importing_does_nothing(tmp_path):
-    code = "import sys, hellaswag; print([m for m in ('datasets', 'matplotlib', 'safetensors', 'transformers') if m in sys.modules])"
+    late = ("datasets", "matplotlib", "safetensors", "transformers")
+    code = f"import sys, hellaswag; print([m for m in {late} if m in sys.modules])"
     done = python("-c", code, cwd=tmp_path, env=dict(PYTHONPATH=str(ROOT)))
     assert done.stdout == "[]\n" and done.stderr == "" and not list(tmp_path.iterdir())
 
@@ -380,7 +381,7 @@ def test_training_evaluates_on_the_file(folder):
 
 def test_training_without_the_file_says_how_to_make_it(folder, capsys):
     write_shards(folder / "gpt2", encoding="gpt2")
-    argv = [*TINY, "--data", "gpt2", "--log_dir", "log", "--max_steps", "1", "--hellaswag_every", "1"]
+    argv = [*TINY, "--data", "gpt2", "--log_dir", "log", "--max_steps", "2", "--hellaswag_every", "1"]
     assert train_gpt2.main(argv) == 0
     assert "no HellaSwag: " in (out := capsys.readouterr().out) and "python hellaswag.py makes it" in out
 
@@ -485,6 +486,7 @@ def test_a_folder_that_cannot_be_written(folder, capsys):
 def test_a_file_of_questions_that_is_none(folder, capsys, content):
     BIN.parent.mkdir()
     BIN.write_bytes(content)
+    assert_one_error(folder, capsys, [], str(BIN))
     assert_one_error(folder, capsys, ["--model", "hf", "--device", "cpu"], str(BIN))
 
 
