@@ -532,35 +532,55 @@ def read_hellaswag(path: Path, vocab_size: int = 50257) -> list[tuple[np.ndarray
 
 
 @torch.no_grad()
-def hellaswag_scores(model: GPT2, examples, device: torch.device, batch_size: int = 8):
+def hellaswag_scores(model: GPT2, examples, device: torch.device, progress=iter, batch_tokens: int = 2**12):
     """Log-likelihood in nats of each ending after its context: its sum and its mean over the ending's tokens, two
-    tensors (n, 4). Examples of like length share a batch, and only positions that predict an ending reach the head."""
-    sums, means = torch.zeros(len(examples), 4), torch.zeros(len(examples), 4)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + max(map(len, examples[i][1])))
-    for chunk in [order[i : i + batch_size] for i in range(0, len(order), batch_size)]:
-        rows = [(examples[i][0], ending) for i in chunk for ending in examples[i][1]]
-        both = torch.zeros(2, len(rows), max(len(context) + len(ending) for context, ending in rows), dtype=torch.int64)
-        idx, target = both[0], both[1].fill_(-100)  # the endings, where they are to be predicted
-        for row, (context, ending) in enumerate(rows):
-            end = len(context) + len(ending)
-            idx[row, :end] = torch.from_numpy(np.concatenate((context, ending)))
-            target[row, len(context) - 1 : end - 1] = idx[row, len(context) : end]
-        idx, target = to_device(both[..., -model.config.block_size :], device)
-        scored = target != -100
-        nats = F.cross_entropy(model.logits(model.hidden(idx)[scored]).float(), target[scored], reduction="none")
-        logp = torch.zeros(target.shape, device=device)
-        logp[scored] = -nats
-        sums[chunk] = logp.sum(dim=1).view(-1, 4).cpu()
-        means[chunk] = (logp.sum(dim=1) / scored.sum(dim=1)).view(-1, 4).cpu()
-    return sums, means
+    float64 tensors (n, 4). An example is one row, [context, ending 0, …, ending 3], so that the context is computed
+    once: each ending takes the positions from the context's end on, and looks at the context and itself alone. What
+    exceeds the block size loses the start of its context. `progress` may wrap the list of batches."""
+    size, packed, batches = model.config.block_size, [], []
+    for context, endings, _ in examples:
+        context = context[-max(1, size - max(map(len, endings))) :]
+        endings = [ending[: size + 1 - len(context)] for ending in endings]
+        C, lengths = len(context), [len(ending) - 1 for ending in endings]  # an ending's last token predicts nothing
+        idx = np.concatenate((context, *[ending[:-1] for ending in endings]))
+        pos = np.concatenate([np.arange(C), *[np.arange(C, C + length) for length in lengths]])
+        part = np.repeat(range(5), [C, *lengths])  # 0: the context
+        # Where endings are predicted: the first token of each at the context's end, any other one place before it
+        before = np.insert(np.arange(C, len(idx)), np.cumsum([0, *lengths[:3]]), C - 1)
+        packed.append((np.stack((idx, pos, part)), before, endings))
+    order = sorted(range(len(packed)), key=lambda i: packed[i][0].shape[1], reverse=True)
+    while order:  # rows of like length share a batch, its first is the longest
+        B = max(1, batch_tokens // packed[order[0]][0].shape[1])
+        batches, order = [*batches, order[:B]], order[B:]
+    sums, means = torch.zeros(2, len(packed), 4, dtype=torch.float64)
+    for batch in progress(batches):
+        T, before, endings = packed[batch[0]][0].shape[1], [], []
+        rows = np.zeros((3, len(batch), T), dtype=np.int64)  # padded at the end, where no other token looks
+        for b, i in enumerate(batch):
+            rows[:, b, : packed[i][0].shape[1]] = packed[i][0]
+            before.append(packed[i][1] + b * T)
+            endings += packed[i][2]
+        scored = np.stack((np.concatenate(before), np.concatenate(endings)))
+        (idx, pos, part), (before, target) = [to_device(torch.from_numpy(z), device) for z in (rows, scored)]
+        mask = (part[:, None] == 0) | (part[:, None] == part[:, :, None])  # (B, T, T), then (B, 1, T, T)
+        mask = mask[:, None] & torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        x = model.hidden(idx, pos, mask).flatten(0, 1)[before]  # of a row, only what predicts an ending meets the head
+        nats = F.cross_entropy(model.logits(x).float(), target, reduction="none").cpu().double()
+        nats = nats.split(list(map(len, endings)))
+        sums[batch] = -torch.stack([n.sum() for n in nats]).view(-1, 4)
+        means[batch] = -torch.stack([n.mean() for n in nats]).view(-1, 4)
+    # An ending that stands there twice is a tie, which rounding would break: it depends on the place in the row
+    tokens = [[ending.tobytes() for ending in endings] for _, endings, _ in examples]
+    first = torch.tensor([[row.index(ending) for ending in row] for row in tokens], dtype=torch.int64).view(sums.shape)
+    return sums.gather(1, first), means.gather(1, first)
 
 
-def evaluate_hellaswag(model: GPT2, examples, device: torch.device) -> tuple[float, float]:
+def evaluate_hellaswag(model: GPT2, examples, device: torch.device, progress=iter) -> tuple[float, float]:
     """(acc, acc_norm): the share of examples whose right ending has the highest sum, or mean, of log-likelihoods
-    (Zellers et al., 2019, arXiv:1905.07830, completion style). The ranks share the work."""
+    (Zellers et al., 2019, arXiv:1905.07830, completion style); of equals the first. The ranks share the work."""
     mine = examples[RANK::WORLD_SIZE]
     labels = torch.tensor([label for _, _, label in mine])
-    hits = [(scores.argmax(dim=1) == labels).sum().item() for scores in hellaswag_scores(model, mine, device)]
+    hits = [(scores.argmax(dim=1) == labels).sum().item() for scores in hellaswag_scores(model, mine, device, progress)]
     acc, acc_norm = [total / len(examples) for total in sum_over_ranks(hits, device)]
     return acc, acc_norm
 
@@ -1084,7 +1104,7 @@ def train(cfg: TrainConfig) -> int:
         if HELLASWAG_FILE.exists():
             examples = read_hellaswag(HELLASWAG_FILE)
         else:
-            say(f"no HellaSwag: {HELLASWAG_FILE} is not there; the README says where to get it")
+            say(f"no HellaSwag: {HELLASWAG_FILE} is not there; python hellaswag.py makes it")
     train_loader, val_loader = open_data(cfg)
     model = GPT2(GPT2Config(**{f.name: getattr(cfg, f.name) for f in fields(GPT2Config)}))
     if cfg.init_from != "scratch":

@@ -5,6 +5,7 @@ python tests/benchmark.py step                        # the training loop agains
 python tests/benchmark.py loader                      # batches a second, against reading whole shards
 python tests/benchmark.py scaling                     # two processes against one
 python tests/benchmark.py tokenize                    # fineweb.py against plain tiktoken and the pool scheme
+python tests/benchmark.py hellaswag                   # scoring endings, against one example at a time
 """
 
 import argparse
@@ -437,6 +438,94 @@ def tokenize(args) -> None:
     print_table(["", "Mtok/s, median", "lowest", "highest", "of plain tiktoken", "of the pool, half"], rows)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# hellaswag: the same examples scored one at a time and by train_gpt2.hellaswag_scores
+
+
+def like_hellaswag(count: int, seed: int = 0) -> list:
+    """Random tokens in examples as long as HellaSwag's: contexts of 25 to 110 tokens, 60 in the mean, endings of 10 to
+    50, 27 in the mean. Lengths are quantiles, so that a few examples are as long as many."""
+    rng = np.random.default_rng(seed)
+
+    def lengths(n: int, mean: float, low: int, high: int) -> np.ndarray:
+        spread = rng.gamma(6, mean / 6, 10**5).clip(low, high)
+        return rng.permutation(np.quantile(spread, (np.arange(n) + 0.5) / n)).astype(int)
+
+    contexts, endings = lengths(count, 60, 25, 110), lengths(4 * count, 27, 10, 50).reshape(count, 4)
+    return [
+        (rng.integers(0, 50257, length), [rng.integers(0, 50257, n) for n in row], int(rng.integers(4)))
+        for length, row in zip(contexts, endings, strict=True)
+    ]
+
+
+def one_at_a_time(model, examples, device):
+    """Sums and means of log-likelihoods the way of build-nanogpt: an example is four rows, context and ending, padded
+    to the longest; the logits of all positions; shifted cross-entropy, of which a mask keeps the ending's."""
+    import torch
+    from torch.nn import functional as F
+
+    sums, means = [], []
+    for context, endings, _ in examples:
+        idx = torch.zeros(4, len(context) + max(map(len, endings)), dtype=torch.int64)
+        mask = torch.zeros_like(idx)
+        for k, ending in enumerate(endings):
+            row = torch.from_numpy(np.concatenate((context, ending)))
+            idx[k, : len(row)], mask[k, len(context) : len(row)] = row, 1
+        idx, mask = idx.to(device), mask.to(device)[:, 1:]
+        logits = model(idx)[0][:, :-1].contiguous()
+        nats = F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten(), reduction="none").view(4, -1) * mask
+        total = -nats.sum(dim=1)
+        mean = total / mask.sum(dim=1)
+        total.argmax().item(), mean.argmax().item()  # read back for each example
+        sums.append(total)
+        means.append(mean)
+    return torch.stack(sums).cpu(), torch.stack(means).cpu()
+
+
+def hellaswag(args) -> None:
+    """Examples a second, both ways in turn within each round, in the device's best precision; the ratio is the median
+    of the rounds'."""
+    import torch
+
+    import train_gpt2
+
+    device = train_gpt2.choose_device(args.device)
+    dtype = train_gpt2.native_dtype(device)
+    torch.manual_seed(0)
+    sizes = {size: value for size, value in train_gpt2.MODELS[args.model].items() if size in train_gpt2.SIZES}
+    model = train_gpt2.GPT2(train_gpt2.GPT2Config(**sizes)).to(device)
+    examples = like_hellaswag(args.examples or (24 if device.type == "cpu" else 2000))
+    context = np.mean([len(context) for context, _, _ in examples])
+    ending = np.mean([len(ending) for _, endings, _ in examples for ending in endings])
+    print(
+        f"{hardware(device)}, {dtype}: {args.model}, random weights, {args.rounds} rounds of {len(examples)} examples"
+    )
+    print(f"with {context:.0f} tokens of context and endings of {ending:.0f} in the mean\n", flush=True)
+    ways = {
+        "one example at a time": one_at_a_time,
+        "train_gpt2.hellaswag_scores": train_gpt2.hellaswag_scores,
+    }
+    speeds, means = {way: [] for way in ways}, {}
+    half = torch.float16 if dtype == "fp16" else torch.bfloat16
+    with torch.no_grad(), torch.autocast(device.type, half, enabled=dtype != "fp32"):
+        for way in ways.values():
+            way(model, examples[-2:], device)
+        for _ in range(args.rounds):
+            for way, run in ways.items():
+                synchronize(device)
+                start = time.perf_counter()
+                means[way] = run(model, examples, device)[1]
+                speeds[way].append(len(examples) / (time.perf_counter() - start))
+    alone = speeds["one example at a time"]
+    rows = []
+    for way, values in speeds.items():
+        ratio, all_of_it = float(np.median(np.divide(values, alone))), f"{10042 / np.median(values):,.0f}"
+        rows.append([way, float(np.median(values)), float(min(values)), float(max(values)), all_of_it, ratio])
+    print_table(["", "examples/s, median", "lowest", "highest", "s for all 10,042", "× one at a time"], rows)
+    apart = (means["one example at a time"] - means["train_gpt2.hellaswag_scores"]).abs().max().item()
+    print(f"\nThe two ways' means of an ending differ by {apart:.1e} nats at most.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
@@ -474,6 +563,13 @@ def main() -> None:
     command.add_argument("--processes", type=int, default=cores, help="(all cores: %(default)s)")
     command.add_argument("--shard_size", type=int, default=10_000_000, help="tokens a shard (%(default)s)")
     command.set_defaults(run=tokenize)
+
+    command = commands.add_parser("hellaswag", help="scoring endings, against one example at a time")
+    command.add_argument("--device", help="cpu, cuda, mps (the fastest there is)")
+    command.add_argument("--model", default="gpt2", help="named size, random weights (%(default)s)")
+    command.add_argument("--examples", type=int, help="of HellaSwag's lengths (24 on a CPU, else 2000)")
+    command.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
+    command.set_defaults(run=hellaswag)
 
     args = parser.parse_args()
     args.run(args)

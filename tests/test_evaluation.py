@@ -1,20 +1,16 @@
-"""Validation, HellaSwag and samples."""
+"""Validation and curves."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, llmc_header, write_hellaswag, write_shards
+from conftest import TINY, write_shards
 
 import train_gpt2
 from train_gpt2 import (
     GPT2,
     DataLoaderLite,
     GPT2Config,
-    UserError,
-    evaluate_hellaswag,
     find_shards,
-    hellaswag_scores,
-    read_hellaswag,
     validation_loss,
 )
 
@@ -55,81 +51,6 @@ def test_validation_shows_the_model_one_shape_only(tmp_path):
 
     validation_loss(watched, DataLoaderLite(find_shards(tmp_path, "val"), 8, 16, shuffle=False), 10**9, CPU)
     assert len(shapes) == 1
-
-
-def random_examples(n=30, vocab_size=257, seed=0):
-    rng = np.random.default_rng(seed)
-    tokens = lambda low, high: rng.integers(0, vocab_size, rng.integers(low, high)).tolist()  # noqa: E731
-    return [(tokens(1, 30), [tokens(1, 20) for _ in range(4)], int(rng.integers(4))) for _ in range(n)]
-
-
-def alone(model, context, ending):
-    """Log-likelihoods of an ending's tokens, scored by itself, without padding."""
-    idx = torch.tensor([[*context, *ending]])
-    logp = torch.log_softmax(model(idx)[0][0].float(), -1)
-    return torch.stack([logp[len(context) - 1 + i, token] for i, token in enumerate(ending)])
-
-
-def test_hellaswag_scores_are_those_of_each_ending_alone(tmp_path):
-    examples = random_examples()
-    write_hellaswag(tmp_path / "h.bin", examples)
-    read = read_hellaswag(tmp_path / "h.bin")
-    for ours, (context, endings, label) in zip(read, examples, strict=True):
-        assert (ours[0].tolist(), [e.tolist() for e in ours[1]], ours[2]) == (context, endings, label)
-    model = small_model()
-    sums, means = hellaswag_scores(model, read, CPU)
-    with torch.no_grad():
-        wanted = [[alone(model, context, ending) for ending in endings] for context, endings, _ in examples]
-    for i, row in enumerate(wanted):
-        for j, logp in enumerate(row):
-            assert sums[i, j].item() == pytest.approx(logp.sum().item(), abs=1e-4)
-            assert means[i, j].item() == pytest.approx(logp.mean().item(), abs=1e-4)
-    labels = torch.tensor([label for *_, label in examples])
-    acc, acc_norm = evaluate_hellaswag(model, read, CPU)
-    assert acc == pytest.approx((sums.argmax(1) == labels).float().mean().item())
-    assert acc_norm == pytest.approx((means.argmax(1) == labels).float().mean().item())
-
-
-def test_hellaswag_ranks_share_the_examples(tmp_path, monkeypatch):
-    write_hellaswag(tmp_path / "h.bin", random_examples(31))
-    examples, model = read_hellaswag(tmp_path / "h.bin"), small_model()
-    whole = evaluate_hellaswag(model, examples, CPU)
-    parts = []
-    for rank in range(3):
-        monkeypatch.setattr(train_gpt2, "RANK", rank)
-        monkeypatch.setattr(train_gpt2, "WORLD_SIZE", 3)
-        parts.append(evaluate_hellaswag(model, examples, CPU))
-    assert [sum(p) for p in zip(*parts, strict=True)] == pytest.approx(whole)
-
-
-def test_hellaswag_examples_longer_than_the_context_are_cut_on_the_left(tmp_path):
-    context, endings, _ = random_examples(1)[0]
-    context, model = [*context, *range(60)], small_model(block_size=40)
-    write_hellaswag(tmp_path / "h.bin", [(context, endings, 0)])
-    sums, _ = hellaswag_scores(model, read_hellaswag(tmp_path / "h.bin"), CPU)
-    longest = max(map(len, endings))
-    for j, ending in enumerate(endings):  # rows of a batch are cut at the same place
-        cut = context[len(context) + longest - 40 :]
-        assert sums[0, j].item() == pytest.approx(alone(model, cut, ending).sum().item(), abs=1e-4)
-
-
-@pytest.mark.parametrize("damage", ["magic", "version", "truncated", "empty", "short header", "too many"])
-def test_damaged_hellaswag_file_is_one_clear_error(tmp_path, damage):
-    path = tmp_path / "h.bin"
-    write_hellaswag(path, random_examples(5))
-    data = path.read_bytes()
-    path.write_bytes(
-        {
-            "magic": llmc_header(20240520, 5, 100) + data[1024:],
-            "version": llmc_header(20240522, 5, 100, version=2) + data[1024:],
-            "truncated": data[:-10],
-            "empty": b"",
-            "short header": data[:100],
-            "too many": llmc_header(20240522, 6, 100) + data[1024:],
-        }[damage]
-    )
-    with pytest.raises(UserError, match="is no HellaSwag token file"):
-        read_hellaswag(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
