@@ -13,6 +13,7 @@ a batch, T tokens in a sequence, C channels, V tokens in the vocabulary.
 
 import argparse
 import functools
+import gc
 import hashlib
 import importlib.util
 import json
@@ -26,6 +27,7 @@ import sysconfig
 import time
 import traceback
 import zipfile
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -532,35 +534,55 @@ def read_hellaswag(path: Path, vocab_size: int = 50257) -> list[tuple[np.ndarray
 
 
 @torch.no_grad()
-def hellaswag_scores(model: GPT2, examples, device: torch.device, batch_size: int = 8):
+def hellaswag_scores(model: GPT2, examples, device: torch.device, progress=iter, batch_tokens: int = 2**12):
     """Log-likelihood in nats of each ending after its context: its sum and its mean over the ending's tokens, two
-    tensors (n, 4). Examples of like length share a batch, and only positions that predict an ending reach the head."""
-    sums, means = torch.zeros(len(examples), 4), torch.zeros(len(examples), 4)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]) + max(map(len, examples[i][1])))
-    for chunk in [order[i : i + batch_size] for i in range(0, len(order), batch_size)]:
-        rows = [(examples[i][0], ending) for i in chunk for ending in examples[i][1]]
-        both = torch.zeros(2, len(rows), max(len(context) + len(ending) for context, ending in rows), dtype=torch.int64)
-        idx, target = both[0], both[1].fill_(-100)  # the endings, where they are to be predicted
-        for row, (context, ending) in enumerate(rows):
-            end = len(context) + len(ending)
-            idx[row, :end] = torch.from_numpy(np.concatenate((context, ending)))
-            target[row, len(context) - 1 : end - 1] = idx[row, len(context) : end]
-        idx, target = to_device(both[..., -model.config.block_size :], device)
-        scored = target != -100
-        nats = F.cross_entropy(model.logits(model.hidden(idx)[scored]).float(), target[scored], reduction="none")
-        logp = torch.zeros(target.shape, device=device)
-        logp[scored] = -nats
-        sums[chunk] = logp.sum(dim=1).view(-1, 4).cpu()
-        means[chunk] = (logp.sum(dim=1) / scored.sum(dim=1)).view(-1, 4).cpu()
-    return sums, means
+    float64 tensors (n, 4). An example is one row, [context, ending 0, …, ending 3], so that the context is computed
+    once: each ending takes the positions from the context's end on, and looks at the context and itself alone. What
+    exceeds the block size loses the start of its context. `progress` may wrap the list of batches."""
+    size, packed, batches = model.config.block_size, [], []
+    for context, endings, _ in examples:
+        context = context[-max(1, size - max(map(len, endings))) :]
+        endings = [ending[: size + 1 - len(context)] for ending in endings]
+        C, lengths = len(context), [len(ending) - 1 for ending in endings]  # an ending's last token predicts nothing
+        idx = np.concatenate((context, *[ending[:-1] for ending in endings]))
+        pos = np.concatenate([np.arange(C), *[np.arange(C, C + length) for length in lengths]])
+        part = np.repeat(range(5), [C, *lengths])  # 0: the context
+        # Where endings are predicted: the first token of each at the context's end, any other one place before it
+        before = np.insert(np.arange(C, len(idx)), np.cumsum([0, *lengths[:3]]), C - 1)
+        packed.append((np.stack((idx, pos, part)), before, endings))
+    order = sorted(range(len(packed)), key=lambda i: packed[i][0].shape[1], reverse=True)
+    while order:  # rows of like length share a batch, its first is the longest
+        B = max(1, batch_tokens // packed[order[0]][0].shape[1])
+        batches, order = [*batches, order[:B]], order[B:]
+    sums, means = torch.zeros(2, len(packed), 4, dtype=torch.float64)
+    for batch in progress(batches):
+        T, before, endings = packed[batch[0]][0].shape[1], [], []
+        rows = np.zeros((3, len(batch), T), dtype=np.int64)  # padded at the end, where no other token looks
+        for b, i in enumerate(batch):
+            rows[:, b, : packed[i][0].shape[1]] = packed[i][0]
+            before.append(packed[i][1] + b * T)
+            endings += packed[i][2]
+        scored = np.stack((np.concatenate(before), np.concatenate(endings)))
+        (idx, pos, part), (before, target) = [to_device(torch.from_numpy(z), device) for z in (rows, scored)]
+        mask = (part[:, None] == 0) | (part[:, None] == part[:, :, None])  # (B, T, T), then (B, 1, T, T)
+        mask = mask[:, None] & torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        x = model.hidden(idx, pos, mask).flatten(0, 1)[before]  # of a row, only what predicts an ending meets the head
+        nats = F.cross_entropy(model.logits(x).float(), target, reduction="none").cpu().double()
+        nats = nats.split(list(map(len, endings)))
+        sums[batch] = -torch.stack([n.sum() for n in nats]).view(-1, 4)
+        means[batch] = -torch.stack([n.mean() for n in nats]).view(-1, 4)
+    # An ending that stands there twice is a tie, which rounding would break: it depends on the place in the row
+    tokens = [[ending.tobytes() for ending in endings] for _, endings, _ in examples]
+    first = torch.tensor([[row.index(ending) for ending in row] for row in tokens], dtype=torch.int64).view(sums.shape)
+    return sums.gather(1, first), means.gather(1, first)
 
 
-def evaluate_hellaswag(model: GPT2, examples, device: torch.device) -> tuple[float, float]:
+def evaluate_hellaswag(model: GPT2, examples, device: torch.device, progress=iter) -> tuple[float, float]:
     """(acc, acc_norm): the share of examples whose right ending has the highest sum, or mean, of log-likelihoods
-    (Zellers et al., 2019, arXiv:1905.07830, completion style). The ranks share the work."""
+    (Zellers et al., 2019, arXiv:1905.07830, completion style); of equals the first. The ranks share the work."""
     mine = examples[RANK::WORLD_SIZE]
     labels = torch.tensor([label for _, _, label in mine])
-    hits = [(scores.argmax(dim=1) == labels).sum().item() for scores in hellaswag_scores(model, mine, device)]
+    hits = [(scores.argmax(dim=1) == labels).sum().item() for scores in hellaswag_scores(model, mine, device, progress)]
     acc, acc_norm = [total / len(examples) for total in sum_over_ranks(hits, device)]
     return acc, acc_norm
 
@@ -839,6 +861,68 @@ def open_log(log_dir: Path, start: int):
     return record
 
 
+def read_log(path: Path) -> dict[str, np.ndarray]:
+    """log.txt, ours or build-nanogpt's, `step stream value` a line -> {stream: steps and values, (2, n)}."""
+    streams = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        step, stream, value = line.split()
+        streams.setdefault(stream, []).append((int(step), float(value)))
+    return {stream: np.array(points).T for stream, points in streams.items()}
+
+
+REFERENCES = {  # layers, width: HellaSwag acc_norm of OpenAI's GPT-2 and of GPT-3 of that size; loss on FineWeb-Edu
+    (12, 768): (0.2945, 0.337, 3.2924), (24, 1024): (0.3752, 0.436, None), (36, 1280): (0.4320, 0.510, None),
+    (48, 1600): (0.4889, 0.547, None),
+}  # fmt: skip
+
+
+def draw_curves(log_dir: Path, size: tuple[int, int] = (12, 768), fineweb: bool = True) -> None:
+    """Draw log.txt as curves.png, with what is published for a model of this many layers and channels (its loss only on
+    FineWeb-Edu) as lines. Never stops a run: where it can't draw, it says so."""
+    labels = dict(loss="loss, nats a token", hella="HellaSwag, acc_norm", norm="gradient norm", tps="tokens a second")
+    gpt2, gpt3, loss = REFERENCES.get(size, (None, None, None))
+    loss = loss if fineweb else None
+    try:
+        from matplotlib.figure import Figure  # not pyplot, which is for the main thread only
+
+        log = read_log(log_dir / "log.txt")
+        panels = [name for name in labels if name in log or (name == "loss" and log.keys() & {"train", "val"})]
+        rows = -(-len(panels) // 2)
+        figure = Figure(figsize=(12, 4 * rows), layout="constrained")
+        axes = {name: figure.add_subplot(rows, 2, i, ylabel=labels[name]) for i, name in enumerate(panels, 1)}
+        if "train" in log:
+            steps, values = log["train"]
+            n = max(1, len(values) // 50)
+            smooth = np.convolve(values, np.ones(n), "same") / np.convolve(np.ones_like(values), np.ones(n), "same")
+            axes["loss"].plot(steps, values, "C0", alpha=0.3, linewidth=0.7, label="train")
+            axes["loss"].plot(steps, smooth, "C0", label=f"train, mean of {n} steps")
+            if len(steps) > 100:  # the fall from ln V is over soon; what comes after it is to be seen
+                axes["loss"].set_ylim(0.98 * min(values.min(), loss or math.inf), 1.05 * smooth[n])
+        for stream, panel, style in ("val", "loss", "C3o-"), ("hella", "hella", "C2o-"):
+            if stream in log:
+                axes[panel].plot(*log[stream], style, markersize=3, label=f"{stream}, {log[stream][1, -1]:.4f} now")
+        for panel, value, style, label in (
+            ("loss", loss, "--", "GPT-2 124M, trained on FineWeb-Edu"),
+            ("hella", gpt2, "--", "OpenAI's GPT-2 of this size"), ("hella", gpt3, ":", "GPT-3 of this size"),
+        ):  # fmt: skip
+            if value and panel in axes:
+                axes[panel].axhline(value, color="k", linestyle=style, label=f"{label}: {value}")
+        for stream, scale, number in ("norm", "log", "{x:g}"), ("tps", "linear", "{x:,.0f}"):
+            if stream in log:
+                axes[stream].plot(*log[stream], "C1", linewidth=0.7)
+                axes[stream].set_yscale(scale)
+                axes[stream].yaxis.set(major_formatter=number, minor_formatter=number)
+        for name, panel in axes.items():
+            panel.set_xlabel("step")
+            panel.grid(alpha=0.3)
+            if name in ("loss", "hella"):
+                panel.legend()
+        figure.savefig(log_dir / "curves.tmp", format="png")
+        os.replace(log_dir / "curves.tmp", log_dir / "curves.png")
+    except Exception as error:  # no matplotlib, a full disk, a log that is none
+        say(f"{log_dir}/curves.png can't be drawn ({error!r})")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -1025,7 +1109,7 @@ def train(cfg: TrainConfig) -> int:
         if HELLASWAG_FILE.exists():
             examples = read_hellaswag(HELLASWAG_FILE)
         else:
-            say(f"no HellaSwag: {HELLASWAG_FILE} is not there; the README says where to get it")
+            say(f"no HellaSwag: {HELLASWAG_FILE} is not there; python hellaswag.py makes it")
     train_loader, val_loader = open_data(cfg)
     model = GPT2(GPT2Config(**{f.name: getattr(cfg, f.name) for f in fields(GPT2Config)}))
     if cfg.init_from != "scratch":
@@ -1047,7 +1131,7 @@ def train(cfg: TrainConfig) -> int:
     B = cfg.micro_batch_size = fit_micro_batch(cfg, model, optimizer, compiled, autocast, device)
     A = cfg.total_batch_size // (B * cfg.sequence_length * WORLD_SIZE)  # micro-steps whose gradients add up
     train_loader.B = val_loader.B = B
-    ddp = compiled if WORLD_SIZE == 1 else DistributedDataParallel(compiled)
+    ddp = compiled if WORLD_SIZE == 1 else DistributedDataParallel(compiled, gradient_as_bucket_view=True)
 
     summarise(cfg, model, train_loader, val_loader, encoding_name)
     if RANK == 0:
@@ -1070,8 +1154,8 @@ def train(cfg: TrainConfig) -> int:
         if RANK == 0:
             in_background(write_log, step, **streams)
 
-    def due(every):
-        return every and (t % every == 0 or last) and not stopping
+    def due(every, t):
+        return every and (t % every == 0 or t == cfg.max_steps) and not stopping
 
     flops = model.flops_per_token(cfg.sequence_length) * cfg.total_batch_size
     peak = peak_flops(cfg)
@@ -1081,11 +1165,14 @@ def train(cfg: TrainConfig) -> int:
     batch = to_device(train_loader.batch(start * A), device)
     usual_seconds = None  # a running mean, to tell the time left
     saved, stopping, failed = None, False, 0
+    unread, t0 = deque(), time.perf_counter()  # figures of steps under way: to read them is to wait for the device
+    once_in_a_while = cfg.val_every, cfg.hellaswag_every, cfg.sample_every, cfg.checkpoint_every
+    gc.freeze()  # what is there by now stays; no need to look through it again and again
 
     for t in range(start, cfg.max_steps + 1):
-        last, of_all = t == cfg.max_steps, f"step {t:5d}/{cfg.max_steps}"
+        of_all = f"step {t:5d}/{cfg.max_steps}"
         # Once in a while, all ranks: the loss on held-out text
-        if due(cfg.val_every):
+        if due(cfg.val_every, t):
             with autocast:
                 loss = validation_loss(compiled, val_loader, cfg.val_tokens, device, stop=caught)
             stopping = loss is None
@@ -1094,26 +1181,30 @@ def train(cfg: TrainConfig) -> int:
                 record(t, val=val_loss)
                 say(f"{of_all} | val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 99)):.2f}")
         # Once in a while, all ranks: HellaSwag
-        if examples and due(cfg.hellaswag_every):
+        if examples and due(cfg.hellaswag_every, t):
             with autocast:
                 acc, acc_norm = evaluate_hellaswag(model, examples, device)
             record(t, hella=acc_norm)
             say(f"{of_all} | hellaswag acc {acc:.4f}, acc_norm {acc_norm:.4f}")
+        # Once in a while, rank 0: the curves so far
+        if RANK == 0 and due(cfg.val_every, t):
+            in_background(draw_curves, log_dir, (cfg.n_layer, cfg.n_embd), cfg.data == str(FINEWEB_DATA))
         # Once in a while, rank 0: samples
-        if RANK == 0 and encoding and t > 0 and due(cfg.sample_every):
+        if RANK == 0 and encoding and t > 0 and due(cfg.sample_every, t):
             with autocast:
                 print_samples(model, encoding, cfg, cfg.prompt, seed=cfg.seed + t)
         # Once in a while, rank 0: a checkpoint. Training waits only for the copy, and for the one before to be written
-        if RANK == 0 and t > start and (due(cfg.checkpoint_every) or (stopping and cfg.checkpoint_every)):
+        if RANK == 0 and t > start and (due(cfg.checkpoint_every, t) or (stopping and cfg.checkpoint_every)):
             if saved:
                 saved.result()
             state = checkpoint_state(t, model, optimizer, scaler, cfg, val_loss)
             saved, state = in_background(save_checkpoint, log_dir, state, cfg.keep_checkpoints), None
-        if last or stopping:
+        if t == cfg.max_steps or stopping:
             break
 
-        # One step, from tokens to new weights
-        t0 = time.perf_counter()
+        # One step, from tokens to new weights. Nothing in it waits for a GPU, which so has always work to go on with
+        if not unread:
+            t0 = time.perf_counter()
         lr = get_lr(t, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -1129,31 +1220,40 @@ def train(cfg: TrainConfig) -> int:
             scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         # A batch of odd text can have a gradient many times the usual: cut its length, lest it throw the weights off
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        events = [torch.full_like(norm, len(what)) for what in (caught, failures)]
+        figures = torch.stack((total_loss, norm, *events)) / WORLD_SIZE
+        if WORLD_SIZE > 1:
+            dist.all_reduce(figures)
+        unread.append((t, lr, figures))
 
-        loss, signals, failed = sum_over_ranks([total_loss.item() / WORLD_SIZE, len(caught), len(failures)], device)
-        stopping = signals > 0
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.get_scale() > 1):  # 1: no scaling is left
-            background.shutdown()  # an earlier checkpoint may be on its way
-            raise UserError(f"step {t}: loss {loss}, gradient norm {norm}; try a lower --max_lr or another --dtype")
+        # What came of the step before, and of this one if it is to be built upon now or has been computed anyway
+        now = device.type == "cpu" or t + 1 == cfg.max_steps or any(due(n, t + 1) for n in once_in_a_while)
+        while len(unread) > 1 or (unread and (now or stopping)):
+            step, lr, figures = unread.popleft()
+            loss, norm, signals, failed = figures.tolist()
+            stopping = signals > 0 or failed > 0
+            if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.get_scale() > 1):  # 1: no scaling is left
+                background.shutdown()  # an earlier checkpoint may be on its way
+                raise UserError(f"step {step}: loss {loss}, gradient norm {norm}; try a lower --max_lr or --dtype fp32")
+            t0, seconds = time.perf_counter(), time.perf_counter() - t0
+            usual_seconds = seconds if step <= start + 1 else 0.95 * usual_seconds + 0.05 * seconds
+            left, tps = int(usual_seconds * (cfg.max_steps - step - 1)), cfg.total_batch_size / seconds
+            mfu = f"mfu {flops / seconds / peak:.1%} | " if peak else ""
+            say(
+                f"step {step:5d}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.4e} | norm {norm:.2f} | "
+                f"{seconds * 1e3:.0f} ms | {tps:,.0f} tok/s | {mfu}eta "
+                + (f"{left // 3600}h{left // 60 % 60:02d}m" if left >= 3600 else f"{left // 60}m{left % 60:02d}s")
+            )
+            record(step, train=loss, lr=lr, norm=norm, tps=tps)
+            if step == 0:
+                V = model.config.vocab_size
+                say(f"first loss {loss:.4f}; to know nothing costs ln {V} = {math.log(V):.4f}")
         if failed:
             break
-        seconds = time.perf_counter() - t0
-        usual_seconds = seconds if t <= start + 1 else 0.95 * usual_seconds + 0.05 * seconds
-        left, tps = int(usual_seconds * (cfg.max_steps - t - 1)), cfg.total_batch_size / seconds
-        mfu = f"mfu {flops / seconds / peak:.1%} | " if peak else ""
-        say(
-            f"{of_all} | loss {loss:.4f} | lr {lr:.4e} | norm {norm:.2f} | {seconds * 1e3:.0f} ms | {tps:,.0f} tok/s | "
-            f"{mfu}eta "
-            + (f"{left // 3600}h{left // 60 % 60:02d}m" if left >= 3600 else f"{left // 60}m{left % 60:02d}s")
-        )
-        record(t, train=loss, lr=lr, norm=norm, tps=tps)
-        if t == 0:
-            V = model.config.vocab_size
-            say(f"first loss {loss:.4f}; to know nothing costs ln {V} = {math.log(V):.4f}")
 
     background.shutdown()  # when all is written
     if failed or failures:

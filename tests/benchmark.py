@@ -1,13 +1,21 @@
-"""Benchmarks, run by hand on a machine that does nothing else.
+"""Benchmarks, run by hand on a machine that does nothing else. Each prints a table of ratios measured side by side.
 
+python tests/benchmark.py ladder                      # what each step from float32 to the trainer's settings gains
+python tests/benchmark.py step                        # the training loop against its bare products
+python tests/benchmark.py loader                      # batches a second, against reading whole shards
+python tests/benchmark.py scaling                     # two processes against one
 python tests/benchmark.py tokenize                    # fineweb.py against plain tiktoken and the pool scheme
+python tests/benchmark.py hellaswag                   # scoring endings, against one example at a time
 """
 
 import argparse
 import contextlib
+import dataclasses
+import io
 import json
 import multiprocessing
 import os
+import platform
 import random
 import re
 import subprocess
@@ -31,6 +39,274 @@ def print_table(header: list[str], rows: list[list]) -> None:
     for row in [header, rule, *rows]:
         cells = [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, columns, strict=True))]
         print("| " + " | ".join(cells) + " |")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ladder: the same model and batch, one improvement more on each rung
+
+
+def hardware(device) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    return f"{name[1] if name else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def synchronize(device) -> None:
+    import torch
+
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def config_of(model: str, **changes):
+    import train_gpt2
+
+    vocab_size = 257 if model == "demo" else 50257
+    return train_gpt2.TrainConfig(**{**train_gpt2.MODELS[model], "vocab_size": vocab_size, "model": model, **changes})
+
+
+def training_step(cfg, device, B: int, T: int, micro_steps: int, fused: bool | None):
+    """A function that does one whole optimiser step on random tokens, with cfg's dtype, tf32 and compile; `fused` None
+    is what torch does by default."""
+    import torch
+
+    import train_gpt2
+
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
+    sizes = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(train_gpt2.GPT2Config)}
+    model = train_gpt2.GPT2(train_gpt2.GPT2Config(**sizes))
+    optimizer = model.to(device).configure_optimizers(cfg.weight_decay, cfg.max_lr, fused)
+    forward = torch.compile(model, dynamic=False) if cfg.compile else model
+    x, y = torch.randint(0, cfg.vocab_size, (2, B, T), device=device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bf16")
+
+    def step(clip=True):
+        for _ in range(micro_steps):
+            with autocast:
+                loss = forward(x, y)[1] / micro_steps
+            loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step, model
+
+
+def ladder(args) -> None:
+    """Each round climbs the whole ladder, so that whatever the machine does meanwhile hits every rung alike."""
+    import torch
+
+    import train_gpt2
+
+    device = train_gpt2.choose_device(args.device)
+    cuda = device.type == "cuda"
+    name = args.model or ("gpt2" if cuda else "demo")
+    cfg = config_of(name, attention="manual", pad_vocab=False, dtype="fp32", tf32=False, compile=False)
+    T = cfg.block_size
+    B, micro_steps = args.micro_batch_size or (16 if cuda else max(1, 2048 // T)), args.micro_steps
+    best, compiles = train_gpt2.native_dtype(device), (cuda or args.compile) and train_gpt2.can_compile(device)
+    rungs = [  # (name, change of the config, why this device lacks it)
+        ("float32, textbook", {}, None),
+        ("+ TF32", dict(tf32=True), None if cuda and torch.cuda.is_tf32_supported() else "no TF32 units"),
+        ("+ bf16 autocast", dict(dtype="bf16"), None if best == "bf16" else "no bf16 units"),
+        ("+ torch.compile", dict(compile=True), None if compiles else "not used here (--compile)"),
+        ("+ flash attention", dict(attention="flash"), None),
+        ("+ vocabulary padded", dict(pad_vocab=True), None),
+        ("+ fused AdamW", dict(fused_adamw=True), None if device.type in ("cuda", "cpu") else "no kernel"),
+    ]
+    peak = train_gpt2.peak_flops(config_of(name, device=str(device), dtype="bf16", tf32=True))
+    print(f"{hardware(device)}: {name}, {B} × {T} tokens × {micro_steps} micro-steps, {args.rounds} rounds\n")
+    speeds, memory, flops = {}, {}, 0
+    for _ in range(args.rounds):
+        changes = {}
+        for rung, change, lacking in rungs:
+            if lacking:
+                continue
+            changes |= change
+            torch._dynamo.reset()
+            fused = changes.get("fused_adamw")
+            step, model = training_step(dataclasses.replace(cfg, **changes), device, B, T, micro_steps, fused)
+            flops = model.flops_per_token(T)
+            for _ in range(3):
+                step()
+            synchronize(device)
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            for _ in range(args.steps):
+                step()
+            synchronize(device)
+            speeds.setdefault(rung, []).append(args.steps * micro_steps * B * T / (time.perf_counter() - start))
+            memory[rung] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+            del step, model
+            if cuda:
+                torch.cuda.empty_cache()
+    rows, first, before = [], None, None
+    for rung, _, lacking in rungs:
+        if lacking:
+            rows.append([rung, lacking, *"----"])
+            continue
+        speed = np.array(speeds[rung])
+        first, before = (speed if first is None else first), (speed if before is None else before)
+        mfu = f"{np.median(speed) * flops / peak:.1%}" if peak else "-"
+        gains = [float(np.median(speed / before)), float(np.median(speed / first))]
+        memory_used = "-" if memory[rung] is None else f"{memory[rung]:.1f}"
+        rows.append([rung, f"{np.median(speed):,.0f}", *gains, mfu, memory_used])
+        before = speed
+    print_table(["", "tokens/s", "× the rung before", "× the first", "MFU (bf16 peak)", "peak GiB"], rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# step: train_gpt2.py as it runs, against the products alone
+
+
+NEVER = ("val", "sample", "hellaswag", "checkpoint")
+NOTHING_BUT_STEPS = ["--warmup_steps=0", *(f"--{name}_every=0" for name in NEVER)]
+
+
+def median_step(flags: list[str], first: int) -> float:
+    """Seconds a step of train_gpt2.main, in this process, once it runs evenly."""
+    import train_gpt2
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as out:
+        code = train_gpt2.main([*flags, f"--log_dir={folder}"])
+        lines = [line.split() for line in Path(folder, "log.txt").read_text().splitlines()]
+        if code:
+            raise SystemExit(out.getvalue())
+    tps = [float(value) for step, stream, value in lines if stream == "tps" and int(step) >= first]
+    return float(np.median(1 / np.array(tps)))
+
+
+def write_tokens(folder: Path, tokens: int, shards: int, vocab_size: int, encoding: str) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(shards):
+        name = f"random_{'train' if i else 'val'}_{i:06d}.npy"
+        np.save(folder / name, rng.integers(0, vocab_size, tokens, dtype=np.uint16))
+    (folder / "manifest.json").write_text(json.dumps(dict(encoding=encoding, vocab_size=vocab_size)))
+
+
+def step(args) -> None:
+    """Forward, backward and optimiser step of the same model on the same shapes, a fixed batch, no clipping and nothing
+    read back, against the training loop with all it does besides."""
+    import train_gpt2
+
+    device = train_gpt2.choose_device(args.device)
+    cuda = device.type == "cuda"
+    name = args.model or ("gpt2" if cuda else "demo")
+    cfg = config_of(name, attention="flash", dtype=train_gpt2.native_dtype(device), tf32=cuda, device=str(device))
+    cfg.compile = cuda and name != "demo"
+    T = cfg.block_size
+    B = args.micro_batch_size or (16 if cuda else max(1, 2048 // T))
+    print(f"{hardware(device)}: {name}, {B} × {T} tokens × {args.micro_steps} micro-steps, {args.rounds} rounds\n")
+    bare, _ = training_step(cfg, device, B, T, args.micro_steps, fused=True)
+    seconds = {"forward, backward, optimiser step": [], "train_gpt2.py": []}
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokens(Path(folder), 10**6, 2, cfg.vocab_size, "bytes" if name == "demo" else "gpt2")
+        flags = [f"--data={folder}", f"--model={name}", f"--device={device}", *NOTHING_BUT_STEPS]
+        flags += [f"--max_steps={args.steps}", f"--total_batch_size={B * T * args.micro_steps}"]
+        flags += [f"--micro_batch_size={B}", "--compile" if cfg.compile else "--no-compile"]
+        for _ in range(args.rounds):
+            times = []
+            for i in range(args.steps):
+                synchronize(device)
+                start = time.perf_counter()
+                bare(clip=False)
+                synchronize(device)
+                if i >= args.steps // 4:
+                    times.append(time.perf_counter() - start)
+            seconds["forward, backward, optimiser step"].append(float(np.median(times)))
+            per_token = median_step(flags, args.steps // 4)
+            seconds["train_gpt2.py"].append(per_token * B * T * args.micro_steps)
+    base = np.array(seconds["forward, backward, optimiser step"])
+    rows = [[k, 1e3 * float(np.median(v)), f"{np.median(np.array(v) / base):.3f}"] for k, v in seconds.items()]
+    print_table(["", "ms a step, median", "× the bare step"], rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# loader: from shards on disk to batches in memory
+
+
+class WholeShards:
+    """The loader of build-nanogpt: one shard in memory as int64, read in file order."""
+
+    def __init__(self, files, B: int, T: int):
+        self.files, self.B, self.T, self.shard, self.at = files, B, T, -1, 0
+        self.next_shard()
+
+    def next_shard(self):
+        import torch
+
+        self.shard, self.at = (self.shard + 1) % len(self.files), 0
+        self.tokens = torch.tensor(np.load(self.files[self.shard]).astype(np.int32), dtype=torch.long)
+
+    def batch(self, i: int):
+        B, T = self.B, self.T
+        part = self.tokens[self.at : self.at + B * T + 1]
+        self.at += B * T
+        if self.at + B * T + 1 > len(self.tokens):
+            self.next_shard()
+        return part[:-1].view(B, T), part[1:].view(B, T)
+
+
+def loader(args) -> None:
+    """Tokens a second of one process, and how many GPUs at 650,000 tokens a second that feeds."""
+    import train_gpt2
+
+    B, T, per_gpu = args.micro_batch_size or 64, 1024, 650_000
+    seconds = {"whole shards in memory, in file order": [], "ours, in file order": [], "ours, shuffled": []}
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokens(Path(folder), args.tokens, 3, 50257, "gpt2")
+        files = train_gpt2.find_shards(Path(folder), "train")
+        loaders = [WholeShards(files, B, T)]
+        loaders += [train_gpt2.DataLoaderLite(files, B, T, shuffle=shuffle) for shuffle in (False, True)]
+        batches = sum(len(np.load(file, mmap_mode="r")) for file in files) // (B * T)
+        print(f"{batches} batches of {B} × {T} tokens from {len(files)} shards, {args.rounds} rounds\n", flush=True)
+        for _ in range(args.rounds):
+            for way, each in zip(seconds, loaders, strict=True):
+                start = time.perf_counter()
+                for i in range(batches):
+                    each.batch(i)
+                seconds[way].append(time.perf_counter() - start)
+    base = np.array(seconds["whole shards in memory, in file order"])
+    rows = []
+    for way, values in seconds.items():
+        speed = batches * B * T / np.median(values)
+        rows.append([way, speed / 1e6, float(np.median(base / np.array(values))), f"{speed / per_gpu:,.0f}"])
+    print_table(["", "Mtok/s, median", "× whole shards", "GPUs it feeds at 650,000 tok/s"], rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# scaling: the same steps on one process and on two, a thread each
+
+
+def scaling(args) -> None:
+    """Tokens a second of the demo under torchrun with two processes, and in one, each process with one thread."""
+    flags = ["--model=demo", "--device=cpu", f"--max_steps={args.steps}", *NOTHING_BUT_STEPS]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    speeds = {"one process": [], "two processes": [], "two processes, 4 micro-steps each": []}
+    ways = {"one process": ([], 1), "two processes": (launch, 1), "two processes, 4 micro-steps each": (launch, 4)}
+    print(f"demo, a thread a process, {args.steps} steps, {args.rounds} rounds\n", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokens(Path(folder), 10**6, 2, 257, "bytes")
+        for _ in range(args.rounds):
+            for way, (launcher, micro_steps) in ways.items():
+                log = Path(folder, f"log{time.monotonic_ns()}")
+                size = [f"--total_batch_size={4096 * micro_steps}", "--micro_batch_size=16"]
+                command = [sys.executable, *launcher, str(ROOT / "train_gpt2.py"), *flags, *size, "--data=."]
+                env = {**os.environ, "OMP_NUM_THREADS": "1"}
+                command.append(f"--log_dir={log}")
+                subprocess.run(command, check=True, cwd=folder, env=env, stdout=subprocess.DEVNULL)
+                lines = [line.split() for line in (log / "log.txt").read_text().splitlines()]
+                tps = [float(v) for t, stream, v in lines if stream == "tps" and int(t) >= args.steps // 4]
+                speeds[way].append(float(np.median(tps)))
+    base = np.array(speeds["one process"])
+    rows = [[way, f"{np.median(v):,.0f}", float(np.median(np.array(v) / base))] for way, v in speeds.items()]
+    print_table(["", "tokens/s, median", "× one process"], rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -162,10 +438,124 @@ def tokenize(args) -> None:
     print_table(["", "Mtok/s, median", "lowest", "highest", "of plain tiktoken", "of the pool, half"], rows)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# hellaswag: the same examples scored one at a time and by train_gpt2.hellaswag_scores
+
+
+def like_hellaswag(count: int, seed: int = 0) -> list:
+    """Random tokens in examples as long as HellaSwag's: contexts of 25 to 110 tokens, 60 in the mean, endings of 10 to
+    50, 27 in the mean. Lengths are quantiles, so that a few examples are as long as many."""
+    rng = np.random.default_rng(seed)
+
+    def lengths(n: int, mean: float, low: int, high: int) -> np.ndarray:
+        spread = rng.gamma(6, mean / 6, 10**5).clip(low, high)
+        return rng.permutation(np.quantile(spread, (np.arange(n) + 0.5) / n)).astype(int)
+
+    contexts, endings = lengths(count, 60, 25, 110), lengths(4 * count, 27, 10, 50).reshape(count, 4)
+    return [
+        (rng.integers(0, 50257, length), [rng.integers(0, 50257, n) for n in row], int(rng.integers(4)))
+        for length, row in zip(contexts, endings, strict=True)
+    ]
+
+
+def one_at_a_time(model, examples, device):
+    """Sums and means of log-likelihoods the way of build-nanogpt: an example is four rows, context and ending, padded
+    to the longest; the logits of all positions; shifted cross-entropy, of which a mask keeps the ending's."""
+    import torch
+    from torch.nn import functional as F
+
+    sums, means = [], []
+    for context, endings, _ in examples:
+        idx = torch.zeros(4, len(context) + max(map(len, endings)), dtype=torch.int64)
+        mask = torch.zeros_like(idx)
+        for k, ending in enumerate(endings):
+            row = torch.from_numpy(np.concatenate((context, ending)))
+            idx[k, : len(row)], mask[k, len(context) : len(row)] = row, 1
+        idx, mask = idx.to(device), mask.to(device)[:, 1:]
+        logits = model(idx)[0][:, :-1].contiguous()
+        nats = F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten(), reduction="none").view(4, -1) * mask
+        total = -nats.sum(dim=1)
+        mean = total / mask.sum(dim=1)
+        total.argmax().item(), mean.argmax().item()  # read back for each example
+        sums.append(total)
+        means.append(mean)
+    return torch.stack(sums).cpu(), torch.stack(means).cpu()
+
+
+def hellaswag(args) -> None:
+    """Examples a second, both ways in turn within each round, in the device's best precision; the ratio is the median
+    of the rounds'."""
+    import torch
+
+    import train_gpt2
+
+    device = train_gpt2.choose_device(args.device)
+    dtype = train_gpt2.native_dtype(device)
+    torch.manual_seed(0)
+    sizes = {size: value for size, value in train_gpt2.MODELS[args.model].items() if size in train_gpt2.SIZES}
+    model = train_gpt2.GPT2(train_gpt2.GPT2Config(**sizes)).to(device)
+    examples = like_hellaswag(args.examples or (24 if device.type == "cpu" else 2000))
+    context = np.mean([len(context) for context, _, _ in examples])
+    ending = np.mean([len(ending) for _, endings, _ in examples for ending in endings])
+    print(
+        f"{hardware(device)}, {dtype}: {args.model}, random weights, {args.rounds} rounds of {len(examples)} examples"
+    )
+    print(f"with {context:.0f} tokens of context and endings of {ending:.0f} in the mean\n", flush=True)
+    ways = {
+        "one example at a time": one_at_a_time,
+        "train_gpt2.hellaswag_scores": train_gpt2.hellaswag_scores,
+    }
+    speeds, means = {way: [] for way in ways}, {}
+    half = torch.float16 if dtype == "fp16" else torch.bfloat16
+    with torch.no_grad(), torch.autocast(device.type, half, enabled=dtype != "fp32"):
+        for way in ways.values():
+            way(model, examples[-2:], device)
+        for _ in range(args.rounds):
+            for way, run in ways.items():
+                synchronize(device)
+                start = time.perf_counter()
+                means[way] = run(model, examples, device)[1]
+                speeds[way].append(len(examples) / (time.perf_counter() - start))
+    alone = speeds["one example at a time"]
+    rows = []
+    for way, values in speeds.items():
+        ratio, all_of_it = float(np.median(np.divide(values, alone))), f"{10042 / np.median(values):,.0f}"
+        rows.append([way, float(np.median(values)), float(min(values)), float(max(values)), all_of_it, ratio])
+    print_table(["", "examples/s, median", "lowest", "highest", "s for all 10,042", "× one at a time"], rows)
+    apart = (means["one example at a time"] - means["train_gpt2.hellaswag_scores"]).abs().max().item()
+    print(f"\nThe two ways' means of an ending differ by {apart:.1e} nats at most.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+    for name, run, help, rounds, steps in (
+        ("ladder", ladder, "what each step from float32 to the trainer's settings gains", 5, 10),
+        ("step", step, "the training loop against its bare products", 9, 40),
+    ):
+        command = commands.add_parser(name, help=help)
+        command.add_argument("--device", help="cpu, cuda, mps (the fastest there is)")
+        command.add_argument("--model", help="named size (gpt2 on CUDA, else demo)")
+        command.add_argument("--micro_batch_size", type=int, help="sequences (16 on CUDA, else 2,048 tokens)")
+        command.add_argument("--micro_steps", type=int, default=1, help="of a step (%(default)s)")
+        command.add_argument("--rounds", type=int, default=rounds, help="(%(default)s)")
+        command.add_argument("--steps", type=int, default=steps, help="timed steps a round (%(default)s)")
+        if name == "ladder":
+            command.add_argument("--compile", action="store_true", help="on a CPU, too")
+        command.set_defaults(run=run)
+
+    command = commands.add_parser("loader", help="batches a second, against reading whole shards")
+    command.add_argument("--tokens", type=int, default=50_000_000, help="a shard (%(default)s)")
+    command.add_argument("--micro_batch_size", type=int, help="sequences of 1,024 tokens (64)")
+    command.add_argument("--rounds", type=int, default=9, help="(%(default)s)")
+    command.set_defaults(run=loader)
+
+    command = commands.add_parser("scaling", help="two processes against one")
+    command.add_argument("--steps", type=int, default=60, help="a run (%(default)s)")
+    command.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
+    command.set_defaults(run=scaling)
 
     command = commands.add_parser("tokenize", help="fineweb.py against plain tiktoken and the pool scheme")
     command.add_argument("--megabytes", type=int, default=60, help="of text (%(default)s)")
@@ -173,6 +563,13 @@ def main() -> None:
     command.add_argument("--processes", type=int, default=cores, help="(all cores: %(default)s)")
     command.add_argument("--shard_size", type=int, default=10_000_000, help="tokens a shard (%(default)s)")
     command.set_defaults(run=tokenize)
+
+    command = commands.add_parser("hellaswag", help="scoring endings, against one example at a time")
+    command.add_argument("--device", help="cpu, cuda, mps (the fastest there is)")
+    command.add_argument("--model", default="gpt2", help="named size, random weights (%(default)s)")
+    command.add_argument("--examples", type=int, help="of HellaSwag's lengths (24 on a CPU, else 2000)")
+    command.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
+    command.set_defaults(run=hellaswag)
 
     args = parser.parse_args()
     args.run(args)

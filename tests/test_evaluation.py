@@ -1,20 +1,16 @@
-"""Validation, HellaSwag and samples."""
+"""Validation and curves."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import llmc_header, write_hellaswag, write_shards
+from conftest import TINY, write_shards
 
 import train_gpt2
 from train_gpt2 import (
     GPT2,
     DataLoaderLite,
     GPT2Config,
-    UserError,
-    evaluate_hellaswag,
     find_shards,
-    hellaswag_scores,
-    read_hellaswag,
     validation_loss,
 )
 
@@ -57,76 +53,62 @@ def test_validation_shows_the_model_one_shape_only(tmp_path):
     assert len(shapes) == 1
 
 
-def random_examples(n=30, vocab_size=257, seed=0):
-    rng = np.random.default_rng(seed)
-    tokens = lambda low, high: rng.integers(0, vocab_size, rng.integers(low, high)).tolist()  # noqa: E731
-    return [(tokens(1, 30), [tokens(1, 20) for _ in range(4)], int(rng.integers(4))) for _ in range(n)]
+# ----------------------------------------------------------------------------------------------------------------------
+# Curves
 
 
-def alone(model, context, ending):
-    """Log-likelihoods of an ending's tokens, scored by itself, without padding."""
-    idx = torch.tensor([[*context, *ending]])
-    logp = torch.log_softmax(model(idx)[0][0].float(), -1)
-    return torch.stack([logp[len(context) - 1 + i, token] for i, token in enumerate(ending)])
+def drawn(folder, monkeypatch, **options):
+    """What draw_curves draws -> {y label: {line's label: its points}}."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: figures.append(self) or save(self, *args, **kw))
+    train_gpt2.draw_curves(folder, **options)
+    (figure,) = figures
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG") and not (folder / "curves.tmp").exists()
+    assert all(axes.get_xlabel() == "step" for axes in figure.axes)
+    return {axes.get_ylabel(): {line.get_label(): line.get_xydata() for line in axes.lines} for axes in figure.axes}
 
 
-def test_hellaswag_scores_are_those_of_each_ending_alone(tmp_path):
-    examples = random_examples()
-    write_hellaswag(tmp_path / "h.bin", examples)
-    read = read_hellaswag(tmp_path / "h.bin")
-    for ours, (context, endings, label) in zip(read, examples, strict=True):
-        assert (ours[0].tolist(), [e.tolist() for e in ours[1]], ours[2]) == (context, endings, label)
-    model = small_model()
-    sums, means = hellaswag_scores(model, read, CPU)
-    with torch.no_grad():
-        wanted = [[alone(model, context, ending) for ending in endings] for context, endings, _ in examples]
-    for i, row in enumerate(wanted):
-        for j, logp in enumerate(row):
-            assert sums[i, j].item() == pytest.approx(logp.sum().item(), abs=1e-4)
-            assert means[i, j].item() == pytest.approx(logp.mean().item(), abs=1e-4)
-    labels = torch.tensor([label for *_, label in examples])
-    acc, acc_norm = evaluate_hellaswag(model, read, CPU)
-    assert acc == pytest.approx((sums.argmax(1) == labels).float().mean().item())
-    assert acc_norm == pytest.approx((means.argmax(1) == labels).float().mean().item())
+def test_curves_show_the_log_and_what_is_published(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    loss, norm = 3 + rng.random(500), rng.random(500)
+    lines = [f"{t} train {loss[t]:.8g}\n{t} lr 1e-3\n{t} norm {norm[t]:.8g}\n{t} tps 1000\n" for t in range(500)]
+    lines.insert(250, "250 val 3.5\n250 hella 0.27\n")
+    (tmp_path / "log.txt").write_text("".join(lines))
+    panels = drawn(tmp_path, monkeypatch)
+    assert list(panels) == ["loss, nats a token", "HellaSwag, acc_norm", "gradient norm", "tokens a second"]
+    losses, hella, norms, tps = panels.values()
+    assert losses["GPT-2 124M, trained on FineWeb-Edu: 3.2924"][:, 1].tolist() == [3.2924] * 2
+    np.testing.assert_allclose(losses["train"][:, 1], loss, rtol=1e-6)
+    smooth = losses["train, mean of 10 steps"][:, 1]
+    np.testing.assert_allclose(smooth[100], loss[95:105].mean(), rtol=1e-6)
+    np.testing.assert_allclose(smooth[0], loss[:5].mean(), rtol=1e-6)
+    assert losses["val, 3.5000 now"].tolist() == [[250, 3.5]] and hella["hella, 0.2700 now"].tolist() == [[250, 0.27]]
+    assert {"OpenAI's GPT-2 of this size: 0.2945", "GPT-3 of this size: 0.337"} < hella.keys()
+    np.testing.assert_allclose(next(iter(norms.values()))[:, 1], norm, rtol=1e-6)  # each spike is there
+    assert len(next(iter(tps.values()))) == 500
+    # Another size, other data: nothing that does not apply
+    panels = drawn(tmp_path, monkeypatch, size=(3, 96), fineweb=False)
+    assert not any("GPT" in label for panel in panels.values() for label in panel)
 
 
-def test_hellaswag_ranks_share_the_examples(tmp_path, monkeypatch):
-    write_hellaswag(tmp_path / "h.bin", random_examples(31))
-    examples, model = read_hellaswag(tmp_path / "h.bin"), small_model()
-    whole = evaluate_hellaswag(model, examples, CPU)
-    parts = []
-    for rank in range(3):
-        monkeypatch.setattr(train_gpt2, "RANK", rank)
-        monkeypatch.setattr(train_gpt2, "WORLD_SIZE", 3)
-        parts.append(evaluate_hellaswag(model, examples, CPU))
-    assert [sum(p) for p in zip(*parts, strict=True)] == pytest.approx(whole)
+def test_the_log_of_build_nanogpt_is_drawn_too(tmp_path, monkeypatch):
+    (tmp_path / "log.txt").write_text("0 val 10.9511\n0 hella 0.2463\n0 train 10.955029\n1 train 10.6\n250 val 5.9\n")
+    panels = drawn(tmp_path, monkeypatch)
+    assert list(panels) == ["loss, nats a token", "HellaSwag, acc_norm"]
+    assert panels["loss, nats a token"]["train"].tolist() == [[0, 10.955029], [1, 10.6]]
+    assert panels["loss, nats a token"]["val, 5.9000 now"].tolist() == [[0, 10.9511], [250, 5.9]]
 
 
-def test_hellaswag_examples_longer_than_the_context_are_cut_on_the_left(tmp_path):
-    context, endings, _ = random_examples(1)[0]
-    context, model = [*context, *range(60)], small_model(block_size=40)
-    write_hellaswag(tmp_path / "h.bin", [(context, endings, 0)])
-    sums, _ = hellaswag_scores(model, read_hellaswag(tmp_path / "h.bin"), CPU)
-    longest = max(map(len, endings))
-    for j, ending in enumerate(endings):  # rows of a batch are cut at the same place
-        cut = context[len(context) + longest - 40 :]
-        assert sums[0, j].item() == pytest.approx(alone(model, cut, ending).sum().item(), abs=1e-4)
+@pytest.mark.parametrize("log", ["", "1 train\n", "not a log\n", None])
+def test_curves_that_cannot_be_drawn_stop_nothing(tmp_path, capsys, log):
+    if log is not None:
+        (tmp_path / "log.txt").write_text(log)
+    train_gpt2.draw_curves(tmp_path)
+    assert "curves.png can't be drawn" in capsys.readouterr().out and not (tmp_path / "curves.png").exists()
 
 
-@pytest.mark.parametrize("damage", ["magic", "version", "truncated", "empty", "short header", "too many"])
-def test_damaged_hellaswag_file_is_one_clear_error(tmp_path, damage):
-    path = tmp_path / "h.bin"
-    write_hellaswag(path, random_examples(5))
-    data = path.read_bytes()
-    path.write_bytes(
-        {
-            "magic": llmc_header(20240520, 5, 100) + data[1024:],
-            "version": llmc_header(20240522, 5, 100, version=2) + data[1024:],
-            "truncated": data[:-10],
-            "empty": b"",
-            "short header": data[:100],
-            "too many": llmc_header(20240522, 6, 100) + data[1024:],
-        }[damage]
-    )
-    with pytest.raises(UserError, match="is no HellaSwag token file"):
-        read_hellaswag(path)
+def test_a_run_draws_its_curves(here):
+    assert train_gpt2.main([*TINY, "--data=data", "--log_dir=log", "--val_every=10"]) == 0
+    assert (here / "log/curves.png").read_bytes().startswith(b"\x89PNG")
