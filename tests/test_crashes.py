@@ -410,7 +410,7 @@ KILLS = int(os.environ.get("KILLS", 2))  # of torchrun's workers; each costs the
 
 @needs_fork
 def test_torchrun_brings_killed_workers_back_and_they_end_like_untouched_ones(here):
-    run = [*OFTEN, "--max_steps=120"]
+    run = [*OFTEN, f"--max_steps={60 + 30 * KILLS}"]
     assert job("", *run, "--log_dir=whole", cwd=here).wait(timeout=240) == 0
     trouble = f"""
         points = [(train_gpt2.GPT2, "forward", 25), (torch, "save", 2), (os, "replace", 3), (train_gpt2, "flush", 4),
