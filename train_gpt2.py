@@ -538,7 +538,7 @@ def hellaswag_scores(model: GPT2, examples, device: torch.device, progress=iter,
     branches, the context's last token and an ending's up to the last, in which each token predicts one of the ending.
     What exceeds the block size loses the start of its context. `progress` may wrap the list of batches."""
     size, cut, batches, nats = model.config.block_size, [], [], []
-    batch_tokens = batch_tokens or (2**11 if device.type == "cpu" else 2**13)  # a GPU needs many to be busy
+    batch_tokens = batch_tokens or (2**10 if device.type == "cpu" else 2**13)  # what fits a cache, or keeps a GPU busy
     for context, endings, _ in examples:
         context = context[-max(1, size - max(map(len, endings))) :]
         cut.append((context, [ending[: size + 1 - len(context)] for ending in endings]))
