@@ -13,6 +13,7 @@ a batch, T tokens in a sequence, C channels, V tokens in the vocabulary.
 
 import argparse
 import functools
+import gc
 import hashlib
 import importlib.util
 import json
@@ -26,6 +27,7 @@ import sysconfig
 import time
 import traceback
 import zipfile
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -1122,7 +1124,7 @@ def train(cfg: TrainConfig) -> int:
     B = cfg.micro_batch_size = fit_micro_batch(cfg, model, optimizer, compiled, autocast, device)
     A = cfg.total_batch_size // (B * cfg.sequence_length * WORLD_SIZE)  # micro-steps whose gradients add up
     train_loader.B = val_loader.B = B
-    ddp = compiled if WORLD_SIZE == 1 else DistributedDataParallel(compiled)
+    ddp = compiled if WORLD_SIZE == 1 else DistributedDataParallel(compiled, gradient_as_bucket_view=True)
 
     summarise(cfg, model, train_loader, val_loader, encoding_name)
     if RANK == 0:
@@ -1145,8 +1147,8 @@ def train(cfg: TrainConfig) -> int:
         if RANK == 0:
             in_background(write_log, step, **streams)
 
-    def due(every):
-        return every and (t % every == 0 or last) and not stopping
+    def due(every, t):
+        return every and (t % every == 0 or t == cfg.max_steps) and not stopping
 
     flops = model.flops_per_token(cfg.sequence_length) * cfg.total_batch_size
     peak = peak_flops(cfg)
@@ -1156,11 +1158,14 @@ def train(cfg: TrainConfig) -> int:
     batch = to_device(train_loader.batch(start * A), device)
     usual_seconds = None  # a running mean, to tell the time left
     saved, stopping, failed = None, False, 0
+    unread, t0 = deque(), time.perf_counter()  # figures of steps under way: to read them is to wait for the device
+    once_in_a_while = cfg.val_every, cfg.hellaswag_every, cfg.sample_every, cfg.checkpoint_every
+    gc.freeze()  # what is there by now stays; no need to look through it again and again
 
     for t in range(start, cfg.max_steps + 1):
-        last, of_all = t == cfg.max_steps, f"step {t:5d}/{cfg.max_steps}"
+        of_all = f"step {t:5d}/{cfg.max_steps}"
         # Once in a while, all ranks: the loss on held-out text
-        if due(cfg.val_every):
+        if due(cfg.val_every, t):
             with autocast:
                 loss = validation_loss(compiled, val_loader, cfg.val_tokens, device, stop=caught)
             stopping = loss is None
@@ -1169,29 +1174,30 @@ def train(cfg: TrainConfig) -> int:
                 record(t, val=val_loss)
                 say(f"{of_all} | val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 99)):.2f}")
         # Once in a while, all ranks: HellaSwag
-        if examples and due(cfg.hellaswag_every):
+        if examples and due(cfg.hellaswag_every, t):
             with autocast:
                 acc, acc_norm = evaluate_hellaswag(model, examples, device)
             record(t, hella=acc_norm)
             say(f"{of_all} | hellaswag acc {acc:.4f}, acc_norm {acc_norm:.4f}")
         # Once in a while, rank 0: the curves so far
-        if RANK == 0 and cfg.val_every and (t % cfg.val_every == 0 or last):
-            draw_curves(log_dir, (cfg.n_layer, cfg.n_embd), cfg.data == str(FINEWEB_DATA))
+        if RANK == 0 and due(cfg.val_every, t):
+            in_background(draw_curves, log_dir, (cfg.n_layer, cfg.n_embd), cfg.data == str(FINEWEB_DATA))
         # Once in a while, rank 0: samples
-        if RANK == 0 and encoding and t > 0 and due(cfg.sample_every):
+        if RANK == 0 and encoding and t > 0 and due(cfg.sample_every, t):
             with autocast:
                 print_samples(model, encoding, cfg, cfg.prompt, seed=cfg.seed + t)
         # Once in a while, rank 0: a checkpoint. Training waits only for the copy, and for the one before to be written
-        if RANK == 0 and t > start and (due(cfg.checkpoint_every) or (stopping and cfg.checkpoint_every)):
+        if RANK == 0 and t > start and (due(cfg.checkpoint_every, t) or (stopping and cfg.checkpoint_every)):
             if saved:
                 saved.result()
             state = checkpoint_state(t, model, optimizer, scaler, cfg, val_loss)
             saved, state = in_background(save_checkpoint, log_dir, state, cfg.keep_checkpoints), None
-        if last or stopping:
+        if t == cfg.max_steps or stopping:
             break
 
-        # One step, from tokens to new weights
-        t0 = time.perf_counter()
+        # One step, from tokens to new weights. Nothing in it waits for a GPU, which so has always work to go on with
+        if not unread:
+            t0 = time.perf_counter()
         lr = get_lr(t, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -1207,31 +1213,40 @@ def train(cfg: TrainConfig) -> int:
             scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         # A batch of odd text can have a gradient many times the usual: cut its length, lest it throw the weights off
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        events = [torch.full_like(norm, len(what)) for what in (caught, failures)]
+        figures = torch.stack((total_loss, norm, *events)) / WORLD_SIZE
+        if WORLD_SIZE > 1:
+            dist.all_reduce(figures)
+        unread.append((t, lr, figures))
 
-        loss, signals, failed = sum_over_ranks([total_loss.item() / WORLD_SIZE, len(caught), len(failures)], device)
-        stopping = signals > 0
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.get_scale() > 1):  # 1: no scaling is left
-            background.shutdown()  # an earlier checkpoint may be on its way
-            raise UserError(f"step {t}: loss {loss}, gradient norm {norm}; try a lower --max_lr or another --dtype")
+        # What came of the step before, and of this one if it is to be built upon now or has been computed anyway
+        now = device.type == "cpu" or t + 1 == cfg.max_steps or any(due(n, t + 1) for n in once_in_a_while)
+        while len(unread) > 1 or (unread and (now or stopping)):
+            step, lr, figures = unread.popleft()
+            loss, norm, signals, failed = figures.tolist()
+            stopping = signals > 0 or failed > 0
+            if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.get_scale() > 1):  # 1: no scaling is left
+                background.shutdown()  # an earlier checkpoint may be on its way
+                raise UserError(f"step {step}: loss {loss}, gradient norm {norm}; try a lower --max_lr or --dtype fp32")
+            t0, seconds = time.perf_counter(), time.perf_counter() - t0
+            usual_seconds = seconds if step <= start + 1 else 0.95 * usual_seconds + 0.05 * seconds
+            left, tps = int(usual_seconds * (cfg.max_steps - step - 1)), cfg.total_batch_size / seconds
+            mfu = f"mfu {flops / seconds / peak:.1%} | " if peak else ""
+            say(
+                f"step {step:5d}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.4e} | norm {norm:.2f} | "
+                f"{seconds * 1e3:.0f} ms | {tps:,.0f} tok/s | {mfu}eta "
+                + (f"{left // 3600}h{left // 60 % 60:02d}m" if left >= 3600 else f"{left // 60}m{left % 60:02d}s")
+            )
+            record(step, train=loss, lr=lr, norm=norm, tps=tps)
+            if step == 0:
+                V = model.config.vocab_size
+                say(f"first loss {loss:.4f}; to know nothing costs ln {V} = {math.log(V):.4f}")
         if failed:
             break
-        seconds = time.perf_counter() - t0
-        usual_seconds = seconds if t <= start + 1 else 0.95 * usual_seconds + 0.05 * seconds
-        left, tps = int(usual_seconds * (cfg.max_steps - t - 1)), cfg.total_batch_size / seconds
-        mfu = f"mfu {flops / seconds / peak:.1%} | " if peak else ""
-        say(
-            f"{of_all} | loss {loss:.4f} | lr {lr:.4e} | norm {norm:.2f} | {seconds * 1e3:.0f} ms | {tps:,.0f} tok/s | "
-            f"{mfu}eta "
-            + (f"{left // 3600}h{left // 60 % 60:02d}m" if left >= 3600 else f"{left // 60}m{left % 60:02d}s")
-        )
-        record(t, train=loss, lr=lr, norm=norm, tps=tps)
-        if t == 0:
-            V = model.config.vocab_size
-            say(f"first loss {loss:.4f}; to know nothing costs ln {V} = {math.log(V):.4f}")
 
     background.shutdown()  # when all is written
     if failed or failures:

@@ -37,7 +37,7 @@ def test_two_processes_have_the_losses_of_one_and_only_rank_0_speaks_and_writes(
     assert_same_run(alone, here / "log")
     lines = done.stdout.splitlines()
     assert all(sum(line.startswith(f"step {t:5d}/20 | loss") for line in lines) == 1 for t in range(20))
-    assert sorted(p.name for p in (here / "log").iterdir()) == [".lock", "log.txt", "model_00020.pt"]
+    assert sorted(p.name for p in (here / "log").iterdir()) == [".lock", "curves.png", "log.txt", "model_00020.pt"]
 
 
 def test_accumulation_and_compilation_give_the_same_and_every_rank_ends_with_the_same_weights(here, alone):
