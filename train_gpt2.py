@@ -534,43 +534,39 @@ def read_hellaswag(path: Path, vocab_size: int = 50257) -> list[tuple[np.ndarray
 
 
 @torch.no_grad()
-def hellaswag_scores(model: GPT2, examples, device: torch.device, progress=iter, batch_tokens: int = 2**12):
+def hellaswag_scores(model: GPT2, examples, device: torch.device, progress=iter, batch_tokens: int | None = None):
     """Log-likelihood in nats of each ending after its context: its sum and its mean over the ending's tokens, two
-    float64 tensors (n, 4). An example is one row, [context, ending 0, …, ending 3], so that the context is computed
-    once: each ending takes the positions from the context's end on, and looks at the context and itself alone. What
-    exceeds the block size loses the start of its context. `progress` may wrap the list of batches."""
-    size, packed, batches = model.config.block_size, [], []
+    float64 tensors (n, 4). An example is one row, a tree: the context up to its last token, computed once, then four
+    branches, the context's last token and an ending's up to the last, in which each token predicts one of the ending.
+    What exceeds the block size loses the start of its context. `progress` may wrap the list of batches."""
+    size, cut, batches, nats = model.config.block_size, [], [], []
+    batch_tokens = batch_tokens or (2**10 if device.type == "cpu" else 2**13)  # what fits a cache, or keeps a GPU busy
     for context, endings, _ in examples:
         context = context[-max(1, size - max(map(len, endings))) :]
-        endings = [ending[: size + 1 - len(context)] for ending in endings]
-        C, lengths = len(context), [len(ending) - 1 for ending in endings]  # an ending's last token predicts nothing
-        idx = np.concatenate((context, *[ending[:-1] for ending in endings]))
-        pos = np.concatenate([np.arange(C), *[np.arange(C, C + length) for length in lengths]])
-        part = np.repeat(range(5), [C, *lengths])  # 0: the context
-        # Where endings are predicted: the first token of each at the context's end, any other one place before it
-        before = np.insert(np.arange(C, len(idx)), np.cumsum([0, *lengths[:3]]), C - 1)
-        packed.append((np.stack((idx, pos, part)), before, endings))
-    order = sorted(range(len(packed)), key=lambda i: packed[i][0].shape[1], reverse=True)
-    while order:  # rows of like length share a batch, its first is the longest
-        B = max(1, batch_tokens // packed[order[0]][0].shape[1])
+        cut.append((context, [ending[: size + 1 - len(context)] for ending in endings]))
+    lengths = [len(context) - 1 + sum(map(len, endings)) for context, endings in cut]
+    order = sorted(range(len(cut)), key=lengths.__getitem__, reverse=True)
+    while order:  # rows of like length share a batch: little padding
+        B = max(1, batch_tokens // lengths[order[0]])
         batches, order = [*batches, order[:B]], order[B:]
-    sums, means = torch.zeros(2, len(packed), 4, dtype=torch.float64)
     for batch in progress(batches):
-        T, before, endings = packed[batch[0]][0].shape[1], [], []
-        rows = np.zeros((3, len(batch), T), dtype=np.int64)  # padded at the end, where no other token looks
+        idx, part = rows = np.zeros((2, len(batch), lengths[batch[0]]), dtype=np.int64)  # (B, T) each
         for b, i in enumerate(batch):
-            rows[:, b, : packed[i][0].shape[1]] = packed[i][0]
-            before.append(packed[i][1] + b * T)
-            endings += packed[i][2]
-        scored = np.stack((np.concatenate(before), np.concatenate(endings)))
-        (idx, pos, part), (before, target) = [to_device(torch.from_numpy(z), device) for z in (rows, scored)]
-        mask = (part[:, None] == 0) | (part[:, None] == part[:, :, None])  # (B, T, T), then (B, 1, T, T)
-        mask = mask[:, None] & torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        x = model.hidden(idx, pos, mask).flatten(0, 1)[before]  # of a row, only what predicts an ending meets the head
-        nats = F.cross_entropy(model.logits(x).float(), target, reduction="none").cpu().double()
-        nats = nats.split(list(map(len, endings)))
-        sums[batch] = -torch.stack([n.sum() for n in nats]).view(-1, 4)
-        means[batch] = -torch.stack([n.mean() for n in nats]).view(-1, 4)
+            context, endings = cut[i]
+            branches = [np.append(context[-1], ending[:-1]) for ending in endings]
+            idx[b, : lengths[i]] = np.concatenate([context[:-1], *branches])
+            part[b, : lengths[i]] = np.repeat(range(5), [len(context) - 1, *map(len, endings)])  # 0: the context
+        scored = np.stack((np.flatnonzero(part), np.concatenate([e for i in batch for e in cut[i][1]])))
+        (idx, part), (where, target) = [to_device(torch.from_numpy(z), device) for z in (rows, scored)]
+        mask = ((part[:, None] == 0) | (part[:, None] == part[:, :, None])).tril()  # the context, and its own branch
+        pos = (mask.sum(dim=2) - 1).clamp(max=size - 1)  # as many as are before it in its text; for padding, no matter
+        x = model.hidden(idx, pos, mask[:, None]).flatten(0, 1)[where]  # only what predicts an ending meets the head
+        nats.append(F.cross_entropy(model.logits(x).float(), target, reduction="none"))
+    sums, means = torch.zeros(2, len(cut), 4, dtype=torch.float64)
+    for batch, losses in zip(batches, nats, strict=True):
+        n = np.array([[len(ending) for ending in cut[i][1]] for i in batch])
+        total = np.add.reduceat(losses.cpu().double().numpy(), n.cumsum() - n.ravel()).reshape(-1, 4)
+        sums[batch], means[batch] = -torch.from_numpy(total), -torch.from_numpy(total / n)
     # An ending that stands there twice is a tie, which rounding would break: it depends on the place in the row
     tokens = [[ending.tobytes() for ending in endings] for _, endings, _ in examples]
     first = torch.tensor([[row.index(ending) for ending in row] for row in tokens], dtype=torch.int64).view(sums.shape)

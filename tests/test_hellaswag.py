@@ -121,7 +121,7 @@ def test_each_context_is_computed_once_and_the_head_only_where_an_ending_is_scor
 
         monkeypatch.setattr(GPT2, name, counting)
     hellaswag_scores(small_model(), examples, CPU, batch_tokens=500)
-    needed = sum(len(context) + sum(len(e) - 1 for e in endings) for context, endings, _ in examples)
+    needed = sum(len(context) - 1 + sum(len(e) for e in endings) for context, endings, _ in examples)
     assert computed["logits"] == sum(len(ending) for _, endings, _ in examples for ending in endings)
     assert needed <= computed["hidden"] < 1.1 * needed  # the rest is padding
 
