@@ -16,6 +16,7 @@ import functools
 import gc
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -538,7 +539,7 @@ def hellaswag_scores(model: GPT2, examples, device: torch.device, progress=iter,
     """Log-likelihood in nats of each ending after its context: its sum and its mean over the ending's tokens, two
     float64 tensors (n, 4). An example is one row, a tree: the context up to its last token, computed once, then four
     branches, the context's last token and an ending's up to the last, in which each token predicts one of the ending.
-    What exceeds the block size loses the start of its context. `progress` may wrap the list of batches."""
+    What exceeds the block size loses the start of its context. `progress` may wrap the list of batches, or cut it."""
     size, cut, batches, nats = model.config.block_size, [], [], []
     batch_tokens = batch_tokens or (2**10 if device.type == "cpu" else 2**13)  # what fits a cache, or keeps a GPU busy
     for context, endings, _ in examples:
@@ -563,7 +564,7 @@ def hellaswag_scores(model: GPT2, examples, device: torch.device, progress=iter,
         x = model.hidden(idx, pos, mask[:, None]).flatten(0, 1)[where]  # only what predicts an ending meets the head
         nats.append(F.cross_entropy(model.logits(x).float(), target, reduction="none"))
     sums, means = torch.zeros(2, len(cut), 4, dtype=torch.float64)
-    for batch, losses in zip(batches, nats, strict=True):
+    for batch, losses in zip(batches, nats, strict=False):
         n = np.array([[len(ending) for ending in cut[i][1]] for i in batch])
         total = np.add.reduceat(losses.cpu().double().numpy(), n.cumsum() - n.ravel()).reshape(-1, 4)
         sums[batch], means[batch] = -torch.from_numpy(total), -torch.from_numpy(total / n)
@@ -1158,6 +1159,7 @@ def train(cfg: TrainConfig) -> int:
     caught = []  # the first SIGINT or SIGTERM is noted here, for the loop to see; a second one kills
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda n, frame: (caught.append(n), signal.signal(n, signal.SIG_DFL)))
+    unless_caught = functools.partial(itertools.takewhile, lambda batch: not caught)
     batch = to_device(train_loader.batch(start * A), device)
     usual_seconds = None  # a running mean, to tell the time left
     saved, stopping, failed = None, False, 0
@@ -1179,9 +1181,11 @@ def train(cfg: TrainConfig) -> int:
         # Once in a while, all ranks: HellaSwag
         if examples and due(cfg.hellaswag_every, t):
             with autocast:
-                acc, acc_norm = evaluate_hellaswag(model, examples, device)
-            record(t, hella=acc_norm)
-            say(f"{of_all} | hellaswag acc {acc:.4f}, acc_norm {acc_norm:.4f}")
+                acc, acc_norm = evaluate_hellaswag(model, examples, device, unless_caught)
+            stopping = sum_over_ranks([len(caught)], device)[0] > 0
+            if not stopping:
+                record(t, hella=acc_norm)
+                say(f"{of_all} | hellaswag acc {acc:.4f}, acc_norm {acc_norm:.4f}")
         # Once in a while, rank 0: the curves so far
         if RANK == 0 and due(cfg.val_every, t):
             in_background(draw_curves, log_dir, (cfg.n_layer, cfg.n_embd), cfg.data == str(FINEWEB_DATA))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import PROGRAM, TINY, python, read_log, write_hellaswag, write_shards
 
+import train_gpt2
 from train_gpt2 import GPT2, GPT2Config, TrainConfig, get_lr, main
 
 RUN = ["--data", "data", *TINY]
@@ -253,6 +254,32 @@ def test_signal_finishes_the_step_saves_and_the_same_command_goes_on(here, signu
     assert max(read_log("log")["train"]) == checkpoint["step"] - 1 >= 30
     assert main([*run, "--max_steps", str(checkpoint["step"] + 3)]) == 0
     assert list(read_log("log")["train"]) == list(range(checkpoint["step"] + 3))
+
+
+def test_signal_during_hellaswag_stops_it_and_it_is_done_again(here, monkeypatch):
+    write_shards(here / "gpt2", lengths=(500, 5000), encoding="gpt2")
+    examples = [([1] * n, [[2], [3], [4], [5]], n % 4) for n in range(1, 12)]
+    write_hellaswag(here / "hellaswag/hellaswag_val.bin", examples)
+    run = ["--data", "gpt2", *TINY, "--hellaswag_every", "4", "--max_steps", "8", "--checkpoint_every", "8"]
+    assert main([*run, "--log_dir", "whole"]) == 0
+    evaluate = train_gpt2.evaluate_hellaswag
+
+    def interrupted(model, examples, device, progress):
+        def first(batches):
+            if calls.append(1) or len(calls) != 3:  # sums and means come from one pass
+                return progress(batches)
+            signal.raise_signal(signal.SIGTERM)
+            assert not list(progress(batches))
+            return []
+
+        return evaluate(model, examples, device, first)
+
+    calls = []
+    monkeypatch.setattr(train_gpt2, "evaluate_hellaswag", interrupted)
+    assert main([*run, "--log_dir", "parts"]) == 128 + signal.SIGTERM
+    assert list(read_log("parts")["hella"]) == [0, 4] and (here / "parts/model_00008.pt").exists()
+    assert main([*run, "--log_dir", "parts"]) == 0
+    assert read_log("whole")["hella"] == read_log("parts")["hella"] and losses("whole") == losses("parts")
 
 
 def test_numbers_gone_wrong_stop_the_run_and_are_not_saved(here, capsys, monkeypatch):

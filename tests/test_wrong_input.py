@@ -217,7 +217,7 @@ def test_log_that_is_none(here, capsys):
 def test_log_folder_of_another_model(here, capsys):
     assert main(["--data", "data", *TINY, "--log_dir", "log", "--checkpoint_every", "20"]) == 0
     capsys.readouterr()
-    assert_one_error(here, capsys, ["--n_layer", "3"], "another model", "n_layer 2, not 3")
+    assert_one_error(here, capsys, ["--n_layer", "3"], "holds a model of n_layer 2")
 
 
 def test_log_folder_with_checkpoints_that_are_not_ours(here, capsys):
