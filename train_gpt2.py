@@ -361,7 +361,7 @@ def data_encoding(folder: Path) -> str:
     """The name of a folder's encoding: its manifest.json says; without one, shards are GPT-2 tokens."""
     manifest = folder / "manifest.json"
     try:
-        if not manifest.exists():
+        if not os.path.lexists(manifest):  # a link to nowhere is no answer
             return "bytes" if folder == DEMO_DATA else "gpt2"
         encoding = json.loads(manifest.read_text(encoding="utf-8"))["encoding"]
         return next(name for name in ENCODINGS if name == encoding)
@@ -676,7 +676,7 @@ def load_checkpoint(path: Path) -> dict:
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size or archive.testzip():
                 raise ValueError("damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != 1 or type(state["step"]) is not int or state["step"] < 0:
+        if type(state) is not dict or state["format"] != 1 or type(state["step"]) is not int or state["step"] < 0:
             raise ValueError("another format")
         check_weights(state["config"], state["model"])
         return state
@@ -993,10 +993,13 @@ def resolve(cfg: TrainConfig) -> torch.device:
     )  # fmt: skip
     for name, value in auto.items():
         setattr(cfg, name, value if getattr(cfg, name) is None or name == "device" else getattr(cfg, name))
+    params = cfg.n_embd * (12 * cfg.n_layer * cfg.n_embd + cfg.block_size)  # nearly
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**40
     folder = next(path for path in (Path(cfg.log_dir) / "x").absolute().parents if path.exists())
     for wrong, message in (
         (not (folder.is_dir() and os.access(folder, os.W_OK)), f"--log_dir {cfg.log_dir} can't be written"),
         (cfg.n_embd % cfg.n_head, f"--n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}"),
+        (4 * params > room, f"{params:,} parameters exceed the memory there is; see --n_layer, --n_embd, --block_size"),
         (cfg.block_size < T, f"--sequence_length {T} is longer than --block_size {cfg.block_size}"),
         (cfg.max_steps < cfg.warmup_steps, f"--warmup_steps {cfg.warmup_steps} exceed --max_steps {cfg.max_steps}"),
         (cfg.max_lr < cfg.min_lr, f"--min_lr {cfg.min_lr} exceeds --max_lr {cfg.max_lr}"),
@@ -1043,7 +1046,7 @@ def fit_micro_batch(cfg: TrainConfig, model: GPT2, optimizer, forward, autocast,
             loss.backward()
             out_of_memory = False
         except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS raises a plain one
-            if "out of memory" not in str(error):
+            if not re.search("out of memory|can't allocate memory", str(error)):
                 raise
             out_of_memory = True
         loss = stand_ins = None  # noqa: F841 (gives their memory back)
@@ -1291,6 +1294,8 @@ def parse_flags(argv: list[str] | None) -> TrainConfig:
         low = flags[name].metadata["low"]
         if low is not None and not low <= value < 2**63:  # refuses nan, too
             raise UserError(f"--{name} {value} is not a number of at least {low}")
+        if value == "" and name not in ("prompt", "generate"):
+            raise UserError(f"--{name} is empty; name something, or leave the flag out")
     demo = "data" not in given and not find_shards(FINEWEB_DATA, "train")
     if demo and not {"generate", "export"} & given.keys():
         say(f"no shards in {FINEWEB_DATA} (python fineweb.py makes them): training on Python's standard library")
@@ -1335,8 +1340,8 @@ def main(argv: list[str] | None = None) -> int:
             time.sleep(5)
         cause = f"error: {error}" if users else traceback.format_exc()
         if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows it at the end of its report
-            report = json.dumps(dict(message=cause, timestamp=int(time.time())))
-            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(report, encoding="utf-8")
+            report = dict(message=cause, extraInfo=dict(py_callstack=cause, timestamp=int(time.time())))
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(dict(message=report)))
         if not users:
             raise
         print(cause, file=sys.stderr, flush=True)

@@ -270,6 +270,30 @@ def test_numbers_gone_wrong_stop_the_run_and_are_not_saved(here, capsys, monkeyp
     assert [p.name for p in (here / "log").glob("*.pt")] == ["model_00005.pt"]
 
 
+@pytest.mark.parametrize("overflows, code", [(3, 0), (100, 2)])
+def test_steps_that_the_loss_scaler_skips_do_not_stop_a_run_unless_no_scaling_helps(
+    here, capsys, monkeypatch, overflows, code
+):
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            calls.append(1)
+            return grad * math.inf if 6 < len(calls) <= 6 + overflows else grad
+
+    calls, forward = [], GPT2.forward
+    monkeypatch.setattr(GPT2, "forward", lambda *args: (None, Overflow.apply(forward(*args)[1])))
+    run = [*RUN, "--dtype", "fp16", "--log_dir", "log", "--checkpoint_every", "4", "--max_steps", "40"]
+    assert main(run) == code
+    if code:
+        assert "error: step 20: loss 4." in capsys.readouterr().err  # 2^16 was halved 16 times
+    else:
+        assert losses("log")[-1] < 4.5 and (here / "log/model_00040.pt").exists()
+
+
 class TestMicroBatch:
     def test_running_out_of_memory_halves_it_and_the_losses_stay(self, here, capsys, monkeypatch):
         assert main([*RUN, "--log_dir", "plain"]) == 0
@@ -346,6 +370,19 @@ class TestCuda:
         for dtype, tolerance in (("fp32", 0.01), ("bf16", 0.1), ("fp16", 0.05)):
             assert main([*RUN, "--log_dir", dtype, *gpu, "--dtype", dtype]) == 0
             assert losses(dtype) == pytest.approx(losses("cpu"), abs=tolerance)
+
+    def test_resumed_run_is_the_same_to_the_last_bit_with_deterministic(self, here):
+        run = [*RUN, "--device", "cuda", "--deterministic", "--val_every", "4", "--checkpoint_every"]
+        try:
+            assert main([*run, "20", "--log_dir", "whole"]) == 0
+            assert main([*run, "7", "--log_dir", "parts", "--keep_checkpoints", "0"]) == 0
+            for step in 14, 20:
+                (here / f"parts/model_{step:05d}.pt").unlink()
+            assert main([*run, "20", "--log_dir", "parts"]) == 0
+        finally:
+            torch.use_deterministic_algorithms(False)
+        whole, parts = (torch.load(f"{name}/model_00020.pt", weights_only=True)["model"] for name in ("whole", "parts"))
+        assert all(weight.equal(parts[name]) for name, weight in whole.items())
 
     def test_a_small_card_gets_a_micro_batch_that_fits(self, here, capsys):
         write_shards(here / "gpt2", lengths=(3000, 200_000), encoding="gpt2")

@@ -1,13 +1,16 @@
 """What a user can get wrong ends in one line that says what to do, with exit code 2 and nothing written."""
 
 import json
+import os
+import pickle
+import zipfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, llmc_header, write_shards
+from conftest import PROGRAM, TINY, llmc_header, python, write_hellaswag, write_shards
 
-from train_gpt2 import main
+from train_gpt2 import TrainConfig, UserError, fields, load_checkpoint, main, read_hellaswag
 
 FLAGS = {
     "unknown flag": ["--learning_rate", "1"],
@@ -40,7 +43,43 @@ FLAGS = {
     "no checkpoint to start from": ["--init_from", "nowhere/model_00001.pt"],
     "weights that are no checkpoint": ["--init_from", "data/manifest.json"],
     "nothing to generate from": ["--generate", "x", "--log_dir", "nowhere"],
+    "nothing to export": ["--export", "out", "--log_dir", "nowhere"],
+    "export over something": ["--export", "data"],
+    "data is a file": ["--data", "data/manifest.json"],
+    "data is a loop of links": ["--data", "loop"],
+    "log folder is a loop of links": ["--log_dir", "loop"],
+    "log folder in a loop of links": ["--log_dir", "loop/log"],
+    "weights are a loop of links": ["--init_from", "loop"],
+    "weights are a folder of shards": ["--init_from", "data"],
+    "weights are a shard": ["--init_from", "data/text_val_000000.npy"],
+    "weights of a model nobody published": ["--init_from", "gpt5"],
+    "two devices": ["--device", "cpu:1"],
+    "device without a number": ["--device", "cuda:x"],
+    "device with a negative number": ["--device", "cuda:-1"],
+    "value for a switch": ["--shuffle=maybe"],
+    "one switch both ways, misspelt": ["--no-shuffel"],
+    "a flag without its dashes": ["max_steps=5"],
+    "float that is text": ["--max_lr", "fast"],
+    "float with a comma": ["--max_lr", "0,001"],
+    "temperature below zero": ["--temperature", "-0.5"],
+    "minus infinity": ["--grad_clip", "-inf"],
+    "model too deep for any machine": ["--n_layer", "1000000000"],
+    "model too wide for any machine": ["--n_embd", "1000000000"],
+    "context too long for any machine": ["--block_size", "1000000000000"],
 }
+# Every flag: what is too small, not of its kind, empty, or beyond 64 bits; any prompt will do
+for f in (f for f in fields(TrainConfig) if f.metadata and f.name not in ("prompt", "generate")):
+    kind = getattr(f.type, "__args__", [f.type])[0]
+    if kind is bool:
+        FLAGS[f"--{f.name} with a value"] = [f"--{f.name}=1"]
+        continue
+    FLAGS[f"--{f.name} is empty"] = [f"--{f.name}="]
+    FLAGS[f"--{f.name} without its value"] = [f"--{f.name}"]
+    if kind in (int, float):
+        FLAGS[f"--{f.name} is text"] = [f"--{f.name}=many"]
+        FLAGS[f"--{f.name} is too small"] = [f"--{f.name}={f.metadata['low'] - 1}"]
+        FLAGS[f"--{f.name} is huge"] = [f"--{f.name}={10**30}"]
+        FLAGS[f"--{f.name} is not a number"] = [f"--{f.name}=nan"]
 
 
 def files(folder):
@@ -48,6 +87,7 @@ def files(folder):
 
 
 def assert_one_error(here, capsys, argv, *words):
+    (here / "loop").is_symlink() or (here / "loop").symlink_to("loop")
     before = files(here)
     assert main(["--data", "data", *TINY, "--log_dir", "log", *argv]) == 2
     error = capsys.readouterr().err
@@ -71,6 +111,10 @@ def npy(array):
 
 def raw(data):
     return lambda path: path.write_bytes(data)
+
+
+def npy_header(text):
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
 
 
 def truncated(path):
@@ -98,6 +142,13 @@ SHARDS = {
     "absurd count.bin": raw(llmc_header(20240520, 2**31 - 1) + bytes(8000)),
     "folder.npy": lambda path: path.mkdir(),
     "an npz.npy": lambda path: np.savez(open(path, "wb"), np.zeros(4000, np.uint16)),
+    "a loop of links.npy": lambda path: path.symlink_to(path),
+    "absurd shape.npy": raw(npy_header("{'descr': '<u2', 'fortran_order': False, 'shape': (10000000000000,), }")),
+    "negative shape.npy": raw(npy_header("{'descr': '<u2', 'fortran_order': False, 'shape': (-5,), }") + bytes(8000)),
+    "header that is code.npy": raw(npy_header("__import__('os').mkdir('pwned')") + bytes(8000)),
+    "header of four gigabytes.npy": raw(b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + bytes(8000)),
+    "big-endian.npy": npy(np.zeros(4000, ">u2")),
+    "a folder.bin": lambda path: path.mkdir(),
     "broken zip.npy": raw(b"PK\x03\x04 and then nothing of the kind"),
 }
 
@@ -175,8 +226,168 @@ def test_log_folder_with_checkpoints_that_are_not_ours(here, capsys):
     assert_one_error(here, capsys, [], "no checkpoint in log can be read")
 
 
-def test_hellaswag_file_that_is_none(here, capsys):
+HELLASWAG = {
+    "junk": b"junk",
+    "empty": b"",
+    "headerless": bytes(4000),
+    "no examples": llmc_header(20240522, 0, 0),
+    "fewer than promised": llmc_header(20240522, 5, 100),
+    "a negative number": llmc_header(20240522, -1, 100) + bytes(100),
+    "an absurd number": llmc_header(20240522, 2**31 - 1, 100) + bytes(100),
+    "cut in the middle of a number": llmc_header(20240522, 1, 100) + b"\xff\xff\x01",
+    "example of no length": llmc_header(20240522, 1, 100) + b"\xff\xff" + bytes(100),
+}
+
+
+@pytest.mark.parametrize("case", HELLASWAG)
+def test_hellaswag_file_that_is_none(here, capsys, case):
     write_shards(here / "gpt2", encoding="gpt2")
     (here / "hellaswag").mkdir()
-    (here / "hellaswag/hellaswag_val.bin").write_bytes(b"junk")
+    (here / "hellaswag/hellaswag_val.bin").write_bytes(HELLASWAG[case])
     assert_one_error(here, capsys, ["--data", "gpt2", "--hellaswag_every", "5"], "hellaswag_val.bin")
+
+
+def test_hellaswag_file_of_another_vocabulary_or_with_a_fifth_ending(tmp_path):
+    for example in ([1, 2, 50257], [[1], [2], [3], [4]], 0), ([1, 2], [[1], [2], [3], [70]], 4):
+        write_hellaswag(tmp_path / "h.bin", [example])
+        with pytest.raises(UserError, match="is no HellaSwag token file"):
+            read_hellaswag(tmp_path / "h.bin")
+    with pytest.raises(UserError, match="beyond a vocabulary of 60"):
+        write_hellaswag(tmp_path / "h.bin", [([1, 2], [[1], [2], [3], [70]], 3)])
+        read_hellaswag(tmp_path / "h.bin", vocab_size=60)
+
+
+def test_hellaswag_of_full_size_is_read_whole(tmp_path):
+    """Positions in the file outgrow its 16-bit numbers."""
+    examples = [([i % 50000] * 50, [[i % 7], [8], [9] * 20, [10]], i % 4) for i in range(3000)]
+    write_hellaswag(tmp_path / "h.bin", examples)
+    for read, written in zip(read_hellaswag(tmp_path / "h.bin"), examples, strict=True):
+        assert (read[0].tolist(), [ending.tolist() for ending in read[1]], read[2]) == written
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
+    "one bit flipped": flip,
+    "empty": lambda path: path.write_bytes(b""),
+    "junk": lambda path: path.write_bytes(bytes(range(256)) * 20),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a loop of links": lambda path: (path.unlink(), path.symlink_to(path)),
+    "another program's": lambda path: torch.save(dict(model={}, step=10, format=1), path),
+    "no dictionary": lambda path: torch.save(torch.zeros(5), path),
+    "a pickle": lambda path: path.write_bytes(pickle.dumps(dict(format=1))),
+    "a zip of something else": lambda path: zipfile.ZipFile(path, "w").close(),
+}
+
+
+class TestCheckpoints:
+    """Those of a run that has saved itself after 5 and after 10 steps."""
+
+    RUN = ("--log_dir", "log", "--max_steps", "10", "--checkpoint_every", "5")
+
+    @pytest.fixture
+    def saved(self, here, capsys):
+        assert main(["--data", "data", *TINY, *self.RUN]) == 0
+        capsys.readouterr()
+        return here / "log/model_00010.pt"
+
+    @pytest.mark.parametrize("damage", DAMAGE)
+    def test_damaged_newest_is_named_and_the_one_before_it_used(self, saved, capsys, damage):
+        """And it does not count among those to keep."""
+        DAMAGE[damage](saved)
+        run = ["--data", "data", *TINY, *self.RUN, "--checkpoint_every", "1", "--keep_checkpoints", "1"]
+        assert main([*run, "--max_steps", "8", "--warmup_steps", "2"]) == 0
+        out = capsys.readouterr().out
+        assert "model_00010.pt can't be read" in out and "resuming log after 5 steps" in out
+        left = sorted(path.name for path in saved.parent.glob("model_*"))
+        assert left == ["model_00008.pt", "model_00010.pt"]
+
+    @pytest.mark.parametrize("damage", DAMAGE)
+    def test_when_none_can_be_read_it_is_an_error(self, saved, here, capsys, damage):
+        for path in saved, saved.with_name("model_00005.pt"):
+            DAMAGE[damage](path)
+        assert_one_error(here, capsys, self.RUN, "no checkpoint in log can be read")
+        assert_one_error(here, capsys, ["--init_from", "log/model_00010.pt"])
+        assert_one_error(here, capsys, ["--generate", "x"])
+
+    @pytest.mark.parametrize("zipped", [True, False])
+    def test_checkpoint_that_is_a_program_runs_nothing(self, here, capsys, zipped):
+        class Hostile:
+            def __reduce__(self):
+                return os.mkdir, ("pwned",)
+
+        (here / "log").mkdir()
+        hostile = here / "log/model_00005.pt"
+        torch.save(dict(format=1, step=5, model=Hostile()), hostile, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(FileExistsError):  # it would, were it let
+            (here / "pwned").mkdir()
+            torch.load(hostile, weights_only=False)
+        (here / "pwned").rmdir()
+        for argv in [], ["--init_from", str(hostile)], ["--generate", "x"], ["--export", "out"]:
+            assert_one_error(here, capsys, argv, "can't be read" if "init_from" in str(argv) else "no checkpoint")
+
+    def test_any_flipped_bit_is_detected_or_harmless(self, saved):
+        good, data = load_checkpoint(saved), saved.read_bytes()
+        storage = good["model"]["transformer.wpe.weight"].numpy().tobytes()
+        first = data.index(storage)
+        bits = [8 * first + i for i in range(0, 8 * len(storage), 97)]  # within a tensor
+        bits += np.random.default_rng(0).integers(0, 8 * len(data), 150).tolist()
+        for n, bit in enumerate(bits):
+            damaged = bytearray(data)
+            damaged[bit // 8] ^= 1 << bit % 8
+            saved.write_bytes(damaged)
+            try:
+                read = load_checkpoint(saved)
+            except UserError:
+                continue
+            assert n >= len(bits) - 150 and all(read["model"][name].equal(w) for name, w in good["model"].items())
+
+    def test_flags_that_are_not_the_run_s(self, saved, here, capsys):
+        for argv, word in (
+            (["--n_layer", "3"], "n_layer"), (["--n_embd", "34"], "n_embd"), (["--n_head", "4"], "n_head"),
+            (["--block_size", "32"], "block_size"), (["--no-pad_vocab"], "pad_vocab"), (["--max_steps", "9"], "9"),
+        ):  # fmt: skip
+            assert_one_error(here, capsys, [*self.RUN, *argv], word)
+
+    def test_weights_without_the_rest_of_a_run(self, saved, here, capsys):
+        state = load_checkpoint(saved)
+        for rest in dict(optimizer={}), dict(optimizer=dict(state={0: 1}, param_groups=3)), dict(optimizer=7):
+            torch.save({**state, **rest}, saved)
+            assert_one_error(here, capsys, self.RUN, "holds no run to go on with")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may do anything")
+def test_permission_denied(here, capsys):
+    assert main(["--data", "data", *TINY, "--log_dir", "log", "--checkpoint_every", "20"]) == 0
+    write_shards(here / "locked")
+    (here / "readonly").mkdir()
+    capsys.readouterr()
+    for name, mode in ("readonly", 0o500), ("locked/text_train_000001.npy", 0), ("log/model_00020.pt", 0):
+        (here / name).chmod(mode)
+    for argv in ["--log_dir", "readonly/log"], ["--log_dir", "readonly"], ["--data", "locked"], []:
+        assert main(["--data", "data", *TINY, "--log_dir", "log", *argv]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX only")
+def test_names_that_are_not_utf8(here):
+    program = """
+import os, sys, train_gpt2
+sys.stdout.reconfigure(errors="replace")
+name, run = os.fsdecode(b"caf\\xe9"), sys.argv[1:]
+for argv in ["--data", name], ["--init_from", name], ["--model", name], ["--log_dir", f"data/manifest.json/{name}"]:
+    assert train_gpt2.main([*run, *argv]) == 2
+assert not os.path.exists(name)
+for steps in 3, 6:
+    assert train_gpt2.main([*run, "--warmup_steps=1", f"--max_steps={steps}", "--log_dir", name]) == 0
+assert os.path.exists(os.path.join(name, "model_00006.pt"))
+"""
+    flags = ["--data=data", *TINY, "--checkpoint_every=3"]
+    done = python("-c", program, *flags, cwd=here, env=dict(PYTHONPATH=str(PROGRAM.parent)))
+    assert done.stderr.count("\n") == done.stderr.count("error: ") == 4, done.stderr
+    assert "after 3 steps" in done.stdout

@@ -1,0 +1,485 @@
+"""Nothing is lost: real processes are stopped, killed and starved at every point, and end where an untouched one ends.
+
+Most tests here run in a Python process of their own, which forks the runs it needs: torch is imported once a test, and
+a run can be made to meet its end at a chosen point. What is forked gets real signals and writes real files.
+"""
+
+import functools
+import io
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo  # what the optimiser would import in each fork anew
+from conftest import PROGRAM, TINY, python, read_log, torchrun
+
+import train_gpt2
+from train_gpt2 import GPT2, DataLoaderLite, load_checkpoint, main
+
+RUN = ["--data=data", *TINY]
+OFTEN = [*RUN, "--val_every=3", "--val_tokens=100", "--checkpoint_every=4"]
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and POSIX signals")
+
+
+def apart(test):
+    """Run a test's body in a Python process of its own, in a folder with data/."""
+
+    @needs_fork
+    def in_process(here):
+        program = f"import {__name__} as tests; tests.{test.__name__}.body()"
+        path = os.pathsep.join([str(Path(__file__).parent), str(PROGRAM.parent)])
+        python("-c", program, cwd=here, env=dict(PYTHONPATH=path))
+
+    in_process.__name__, in_process.__doc__, in_process.body = test.__name__, test.__doc__, test
+    return in_process
+
+
+class Run:
+    """A forked process that runs the program with these flags, after `prepare` has laid its traps in it."""
+
+    def __init__(self, *argv, prepare=None):
+        reader, writer = os.pipe()
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            signal.alarm(240)  # nothing stays behind, whatever becomes of the test
+            os.dup2(writer, 1)
+            os.dup2(writer, 2)
+            train_gpt2.draw_curves = lambda *args: None  # each takes as long as a whole run here
+            try:
+                if prepare:
+                    prepare()
+                code = main([str(arg) for arg in argv])
+            except Exception:
+                traceback.print_exc()
+                code = 99
+            sys.exit(code)
+        os.close(writer)
+        self.output = os.fdopen(reader, errors="replace")
+
+    def wait_for(self, pattern, times=1):
+        """Read until so many lines match. False where the process ended before."""
+        found = (line for line in self.output if re.search(pattern, line))
+        return all(next(found, None) is not None for _ in range(times))
+
+    def send(self, signum):
+        os.kill(self.pid, signum)
+
+    def end(self):
+        """The exit code, and what was yet unread of stdout and stderr."""
+        rest = self.output.read()
+        self.output.close()
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), rest
+
+
+def assert_runs(*argv, code=0, prepare=None):
+    ended, output = Run(*argv, prepare=prepare).end()
+    assert ended == code, f"exit code {ended}: {output}"
+    return output
+
+
+def assert_one_error(output, *words):
+    lines = [line for line in output.splitlines() if not line.startswith(("step", "first loss", "resuming"))]
+    assert lines[-1].startswith("error: ") and output.count("error: ") == 1 and "Traceback" not in output, output
+    for word in words:
+        assert word in lines[-1], lines[-1]
+
+
+def lines_of(log_dir):
+    """The log but for what the clock says."""
+    read_log(log_dir)  # each step once, in order
+    return [line for line in (Path(log_dir) / "log.txt").read_text().splitlines() if " tps " not in line]
+
+
+def assert_same(a, b):
+    """Two runs have the same log, and last checkpoints that are the same to the last bit."""
+    assert sorted(lines_of(a)) == sorted(lines_of(b))
+    one, other = (load_checkpoint(train_gpt2.checkpoint_paths(Path(folder))[-1]) for folder in (a, b))
+    assert (one["step"], one["val_loss"]) == (other["step"], other["val_loss"])
+    assert all(weight.equal(other["model"][name]) for name, weight in one["model"].items())
+    moments = other["optimizer"]["state"]
+    for i, state in one["optimizer"]["state"].items():
+        assert all(value.equal(moments[i][key]) for key, value in state.items())
+
+
+def names(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def trap(owner, name, number, spring=None, after=False):
+    """Have `spring`, or death, called before, or after, the call of this number of owner.name."""
+    calls, original, spring = [], getattr(owner, name), spring or die
+
+    def call(*args, **options):
+        calls.append(1)
+        if len(calls) == number and not after:
+            spring(*args, **options)
+        result = original(*args, **options)
+        if len(calls) == number and after:
+            spring(*args, **options)
+        return result
+
+    setattr(owner, name, call)
+
+
+def die(*args, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_half_way(state, path):
+    whole = io.BytesIO()
+    save(state, whole)
+    Path(path).write_bytes(whole.getvalue()[: whole.tell() // 2])
+    die()
+
+
+save = torch.save
+
+
+@apart
+def test_twenty_four_kills_at_random_moments_change_nothing():
+    run = [*OFTEN, "--max_steps=200"]
+    assert_runs(*run, "--log_dir=whole")
+    seed = random.randrange(10**6)
+    dice, sent = random.Random(seed), []
+    for _ in range(24):
+        process = Run(*run, "--log_dir=parts")
+        if not process.wait_for("^step", times=dice.randrange(1, 11)):  # a validation is such a line, too
+            break
+        time.sleep(dice.random() * 0.01)
+        signum = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+        process.send(signum)
+        code, output = process.end()
+        sent.append(signum)
+        assert code == (-9 if signum == signal.SIGKILL else 128 + signum), (seed, signum, code, output)
+        if signum != signal.SIGKILL:
+            assert "stopped after" in output, output
+    assert len(sent) >= 20, seed
+    assert_runs(*run, "--log_dir=parts")
+    assert_same("whole", "parts")
+    left = [name for name in names("parts") if not re.fullmatch(r"log_\d+\.txt", name)]
+    assert left == [".lock", "log.txt", "model_00196.pt", "model_00200.pt"], seed
+
+
+POINTS = {
+    "before the log is put in place": (os, "replace", 1),
+    "in a step": (GPT2, "forward", 12),
+    "half-way through a checkpoint": (torch, "save", 1, die_half_way),
+    "before a checkpoint is safe": (train_gpt2, "flush", 1),
+    "before a checkpoint has its name": (os, "replace", 2),
+    "after it has its name": (os, "replace", 2, None, True),
+    "before the next is written": (torch, "save", 2),
+    "before an old one is removed": (Path, "unlink", 4),
+    "after an old one is removed": (Path, "unlink", 4, None, True),
+    "while a checkpoint is read": (torch, "load", 1),
+    "in a validation": (DataLoaderLite, "batch", 10),
+    "between a validation and its line in the log": (train_gpt2, "validation_loss", 2, None, True),
+    "while weights are copied for a checkpoint": (train_gpt2, "checkpoint_state", 2, None, True),
+    "while the second checkpoint has half its bytes": (torch, "save", 2, die_half_way),
+}
+
+
+@apart
+def test_a_kill_at_each_point_of_a_checkpoint_s_life():
+    run = [*OFTEN, "--max_steps=60"]
+    assert_runs(*run, "--log_dir=whole")
+    for where, point in POINTS.items():
+        output = assert_runs(*run, "--log_dir=parts", code=-9, prepare=lambda point=point: trap(*point))
+        assert "error" not in output, (where, output)
+        for path in train_gpt2.checkpoint_paths(Path("parts")):  # what has a checkpoint's name is whole
+            load_checkpoint(path)
+    assert_runs(*run, "--log_dir=parts")
+    assert_same("whole", "parts")
+
+
+@apart
+def test_kills_while_the_demo_s_data_are_written_leave_whole_data_or_none():
+    stdlib = Path("stdlib")
+    stdlib.mkdir()
+    for i in range(120):
+        (stdlib / f"module_{i:03d}.py").write_text(f"x = {i}\n" * 50)
+    files = ["manifest.json", "python_train_000001.npy", "python_val_000000.npy"]
+    flags = [*TINY, "--max_steps=2", "--log_dir=log"]
+
+    def prepare(*point):
+        train_gpt2.sysconfig.get_path = lambda name: str(stdlib)
+        if point:
+            trap(*point)
+
+    points = [(np, "save", 1), (np, "save", 2), (np, "save", 2, True), (train_gpt2, "flush", 1), (Path, "rename", 1)]
+    for owner, name, number, *after in points:
+        point = (owner, name, number, None, *after)
+        assert_runs(*flags, code=-9, prepare=lambda point=point: prepare(*point))
+        assert not Path("python_stdlib").exists()
+    assert_runs(*flags, code=-9, prepare=lambda: prepare(Path, "rename", 1, None, True))
+    assert names("python_stdlib") == files
+    assert_runs(*flags, prepare=prepare)
+    whole = {name: Path("python_stdlib", name).read_bytes() for name in files}
+    shutil.rmtree("python_stdlib")
+    for signum, code in (signal.SIGINT, 130), (signal.SIGTERM, -15):  # nothing is trained yet that could be saved
+        point = (np, "save", 2, lambda *_, signum=signum: signal.raise_signal(signum))
+        assert_runs(*flags, code=code, prepare=lambda point=point: prepare(*point))
+        assert not Path("python_stdlib").exists()
+    assert_runs(*flags, "--log_dir=again", prepare=prepare)
+    assert whole == {name: Path("python_stdlib", name).read_bytes() for name in files}
+    assert not list(Path().glob("*.tmp"))
+
+
+@apart
+def test_a_signal_does_not_wait_for_the_end_of_a_long_validation():
+    run = [*RUN, "--max_steps=20", "--val_every=10", "--checkpoint_every=20", "--micro_batch_size=1"]
+    assert_runs(*run, "--log_dir=whole")
+
+    def slow():
+        validation_loss = train_gpt2.validation_loss
+
+        def wait(model, loader, *args, **options):
+            calls.append(1)
+            if len(calls) == 2:
+                say("validating")
+                batch, loader.batch = loader.batch, lambda i: time.sleep(20) or batch(i)  # 12 of these are 4 minutes
+            return validation_loss(model, loader, *args, **options)
+
+        calls, say = [], train_gpt2.say
+        train_gpt2.validation_loss = wait
+
+    process, start = Run(*run, "--log_dir=parts", prepare=slow), time.time()
+    assert process.wait_for("validating")
+    process.send(signal.SIGTERM)
+    code, output = process.end()
+    assert code == 143 and "stopped after 10 steps" in output and time.time() - start < 200, output
+    assert list(read_log("parts")["val"]) == [0]
+    assert_runs(*run, "--log_dir=parts")
+    assert_same("whole", "parts")
+
+
+@apart
+def test_second_ctrl_c_stops_at_once():
+    def slow():
+        forward = GPT2.forward
+
+        def wait(*args):
+            calls.append(1)
+            if len(calls) == 8:
+                train_gpt2.say("waiting")
+                time.sleep(3000)
+            return forward(*args)
+
+        calls = []
+        GPT2.forward = wait
+
+    process = Run(*RUN, "--log_dir=log", prepare=slow)
+    assert process.wait_for("waiting")
+    process.send(signal.SIGINT)
+    time.sleep(1)
+    process.send(signal.SIGINT)
+    assert process.end()[0] == -signal.SIGINT
+
+
+@apart
+def test_training_goes_on_while_a_checkpoint_is_written():
+    """A disk so slow that the first checkpoint takes until the run is over: all of it is written in the end."""
+    release = Path("release")
+
+    def slow():
+        trap(torch, "save", 1, lambda *_: [time.sleep(0.05) for _ in range(2000) if not release.exists()])
+
+    process = Run(*RUN, "--checkpoint_every=8", "--log_dir=log", prepare=slow)
+    assert process.wait_for("^step    15/20")  # past the first checkpoint, up to the second
+    assert not train_gpt2.checkpoint_paths(Path("log"))
+    release.touch()
+    assert process.end()[0] == 0
+    assert [path.name for path in train_gpt2.checkpoint_paths(Path("log"))] == ["model_00016.pt", "model_00020.pt"]
+
+
+@apart
+def test_full_disk_and_lost_folder_are_one_line_and_the_last_good_checkpoint_stands():
+    import resource
+
+    run = [*RUN, "--checkpoint_every=5", "--log_dir=log"]
+    assert_runs(*run, "--log_dir=whole")
+
+    def room(size, call):  # no file can grow beyond this, from some step on
+        limit = (size, resource.RLIM_INFINITY)
+        return lambda: trap(GPT2, "forward", call, lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+
+    for size, call, what in (30_000, 10, "model_00010.pt can't be written whole"), (100, 4, "File too large"):
+        output = assert_runs(*run, code=2, prepare=room(size, call))
+        assert_one_error(output, "writing to log failed", what, "checkpoint there stands")
+        assert names("log") == [".lock", "log.txt", "model_00005.pt"]
+        load_checkpoint(Path("log/model_00005.pt"))
+        assert len(Path("log/log.txt").read_text().splitlines()) >= 5 * 4
+    lost = assert_runs(*run, code=2, prepare=lambda: trap(GPT2, "forward", 4, lambda *_: os.rename("log", "elsewhere")))
+    assert_one_error(lost, "writing to log failed", "No such file")
+    os.rename("elsewhere", "log")
+    assert_runs(*run)
+    assert_same("whole", "log")
+
+    shutil.rmtree("log")
+    full = (9000, resource.RLIM_INFINITY)
+    prepare = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, full)
+    output = assert_runs(*TINY, "--log_dir=log", code=2, prepare=prepare)
+    assert_one_error(output, "python_stdlib can't be written")
+    assert names(".") == ["data", "whole"]
+
+
+@apart
+def test_second_run_in_the_same_log_folder_refuses_and_a_killed_one_leaves_no_lock():
+    run = [*RUN, "--log_dir=log", "--checkpoint_every=5"]
+    first = Run(*run, prepare=lambda: trap(GPT2, "forward", 15, lambda *_: time.sleep(3000)))
+    while not Path("log/log.txt").exists() or "12 tps" not in Path("log/log.txt").read_text():
+        time.sleep(0.1)
+    before = {path: path.read_bytes() for path in Path("log").iterdir()}
+    assert_one_error(assert_runs(*run, code=2), "another run is writing to --log_dir log")
+    assert before == {path: path.read_bytes() for path in Path("log").iterdir()}
+    second = Run(*run)  # started while the first is about to die
+    first.send(signal.SIGKILL)
+    assert first.end()[0] == -9
+    code, output = second.end()
+    assert code == 0 and "resuming log after 10 steps" in output, output
+
+
+@apart
+def test_broken_weights_are_not_saved():
+    """The loss shows them only a step later."""
+
+    def poison(self, *args, **options):
+        self.param_groups[0]["params"][0].data[5] = float("nan")
+
+    def prepare():
+        trap(torch.optim.AdamW, "step", 10, poison, True)
+
+    output = assert_runs(*RUN, "--log_dir=log", "--checkpoint_every=5", code=2, prepare=prepare)
+    assert_one_error(output, "step 10: loss nan")
+    assert names("log") == [".lock", "log.txt", "model_00005.pt"]
+    output = assert_runs(*RUN, "--log_dir=log", "--checkpoint_every=5", "--max_steps=15", code=2, prepare=prepare)
+    assert_one_error(output, "after step 14 are not finite")
+    assert names("log")[-1] == "model_00010.pt"
+
+
+# What it takes for a rank of a torchrun job to go wrong, by rank and by how often torchrun has restarted it
+DRIVER = f"""
+import math, os, signal, sys, time
+sys.dont_write_bytecode = True
+sys.path.insert(0, {str(PROGRAM.parent)!r})
+import torch, train_gpt2
+train_gpt2.draw_curves = lambda *args: None
+RANK, RESTART = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+
+def trap(owner, name, number, spring):
+    calls, original = [], getattr(owner, name)
+    def call(*args, **options):
+        calls.append(1)
+        if len(calls) == number:
+            spring()
+        return original(*args, **options)
+    setattr(owner, name, call)
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def fail(error):
+    raise error
+"""
+
+
+def job(trouble, *argv, cwd, options=()):
+    """Start a torchrun job of two processes, with trouble ahead."""
+    (cwd / "driver.py").write_text(DRIVER + textwrap.dedent(trouble) + "\nsys.exit(train_gpt2.main())\n")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
+    # By default restarted workers may read the addresses of those before them (pytorch/pytorch#135712)
+    env = dict(os.environ, OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [*launcher, "driver.py", *argv], cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True, errors="replace"
+    )
+
+
+KILLS = int(os.environ.get("KILLS", 2))  # of torchrun's workers; each costs the import of torch
+
+
+@needs_fork
+def test_torchrun_brings_killed_workers_back_and_they_end_like_untouched_ones(here):
+    run = [*OFTEN, "--max_steps=120"]
+    torchrun(PROGRAM, *run, "--log_dir=whole", cwd=here)
+    trouble = f"""
+        points = [(train_gpt2.GPT2, "forward", 25), (torch, "save", 2), (os, "replace", 3), (train_gpt2, "flush", 4),
+                  (train_gpt2.DataLoaderLite, "batch", 40)]
+        if RESTART < {KILLS} and RANK == (RESTART + 1) % 2 * (RESTART % 5 in (0, 4)):  # rank 0 writes the files
+            trap(*points[RESTART % 5], die)
+        if RESTART == {KILLS}:
+            trap(train_gpt2.GPT2, "forward", 20, lambda: train_gpt2.say("now"))
+    """
+    process = job(trouble, *run, "--log_dir=parts", cwd=here, options=[f"--max_restarts={KILLS}"])
+    while line := process.stdout.readline():
+        if line.startswith("now"):
+            process.send_signal(signal.SIGTERM)
+            break
+    output, errors = process.communicate(timeout=240)
+    assert "stopped after" in output, output + errors
+    trouble = 'trap(train_gpt2.GPT2, "forward", 9, lambda: train_gpt2.say("now"))'
+    process = job(trouble, *run, "--log_dir=parts", cwd=here)
+    while line := process.stdout.readline():
+        if line.startswith("now"):
+            process.send_signal(signal.SIGINT)
+            break
+    output, errors = process.communicate(timeout=240)
+    assert "stopped after" in output, output + errors
+    torchrun(PROGRAM, *run, "--log_dir=parts", cwd=here)
+    assert_same(here / "whole", here / "parts")
+
+
+@needs_fork
+@pytest.mark.parametrize(
+    "trouble, cause",
+    [
+        ('if RANK == 1: trap(train_gpt2.GPT2, "forward", 9, lambda: fail(ValueError("a bug")))', "ValueError: a bug"),
+        ('if RANK == 1: trap(train_gpt2.DataLoaderLite, "check", 30, lambda: fail(train_gpt2.UserError("bad data")))',
+         "error: bad data"),
+        ('if RANK == 0: trap(os, "replace", 2, lambda: fail(OSError(28, "No space left on device")))',
+         "error: writing to log failed: [Errno 28] No space left on device; the newest checkpoint there stands"),
+        ("""
+         forward = train_gpt2.GPT2.forward
+         def broken(self, *args):
+             logits, loss = forward(self, *args)
+             calls.append(1)
+             return logits, loss * (math.nan if RANK == 1 and len(calls) > 8 else 1)
+         calls = []
+         train_gpt2.GPT2.forward = broken
+         """, "error: step "),
+    ],
+    ids=["bug", "bad data on one rank", "full disk", "not a number"],
+)  # fmt: skip
+def test_rank_that_fails_ends_the_job_with_the_cause_last_on_the_screen(here, trouble, cause):
+    start = time.time()
+    process = job(trouble, *RUN, "--checkpoint_every=5", "--log_dir=log", cwd=here)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode != 0 and time.time() - start < 120
+    assert cause in errors[errors.rindex("Root Cause") :], errors
+    assert errors.count("Traceback") <= 3, errors  # torchrun's own, and a bug's where it happens and in the report
+    assert "closed by peer" not in errors, errors
+
+
+@needs_fork
+def test_run_goes_on_with_more_processes_and_another_micro_batch(here):
+    parts = [*RUN, "--log_dir=parts", "--checkpoint_every=7", "--keep_checkpoints=0"]
+    assert main([*RUN, "--log_dir=whole"]) == main(parts) == 0
+    for step in 14, 20:
+        (here / f"parts/model_{step:05d}.pt").unlink()
+    assert main([*parts, "--micro_batch_size=2"]) == 0
+    (here / "parts/model_00020.pt").unlink()
+    torchrun(PROGRAM, *parts, cwd=here)
+    for stream, tolerance in ("train", dict(abs=1e-4)), ("norm", dict(rel=1e-3)):
+        whole, mixed = (read_log(here / folder)[stream] for folder in ("whole", "parts"))
+        assert list(whole) == list(mixed) and list(mixed.values()) == pytest.approx(list(whole.values()), **tolerance)
