@@ -1162,7 +1162,7 @@ def train(cfg: TrainConfig) -> int:
     unless_caught = functools.partial(itertools.takewhile, lambda batch: not caught)
     batch = to_device(train_loader.batch(start * A), device)
     usual_seconds = None  # a running mean, to tell the time left
-    saved, stopping, failed = None, False, 0
+    saved, drawn, stopping, failed = None, None, False, 0
     unread, t0 = deque(), time.perf_counter()  # figures of steps under way: to read them is to wait for the device
     once_in_a_while = cfg.val_every, cfg.hellaswag_every, cfg.sample_every, cfg.checkpoint_every
     gc.freeze()  # what is there by now stays; no need to look through it again and again
@@ -1187,8 +1187,8 @@ def train(cfg: TrainConfig) -> int:
                 record(t, hella=acc_norm)
                 say(f"{of_all} | hellaswag acc {acc:.4f}, acc_norm {acc_norm:.4f}")
         # Once in a while, rank 0: the curves so far
-        if RANK == 0 and due(cfg.val_every, t):
-            in_background(draw_curves, log_dir, (cfg.n_layer, cfg.n_embd), cfg.data == str(FINEWEB_DATA))
+        if RANK == 0 and due(cfg.val_every, t) and (drawn is None or drawn.done() or t == cfg.max_steps):
+            drawn = in_background(draw_curves, log_dir, (cfg.n_layer, cfg.n_embd), cfg.data == str(FINEWEB_DATA))
         # Once in a while, rank 0: samples
         if RANK == 0 and encoding and t > 0 and due(cfg.sample_every, t):
             with autocast:

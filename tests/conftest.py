@@ -102,3 +102,10 @@ def signals_as_they_were():
     yield
     for s, handler in before.items():
         signal.signal(s, handler)
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Drawing them takes longer than most runs here; tests/test_evaluation.py tests it."""
+    if "train_gpt2" in sys.modules:
+        monkeypatch.setattr(sys.modules["train_gpt2"], "draw_curves", lambda *args: None)

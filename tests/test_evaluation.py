@@ -10,6 +10,7 @@ from train_gpt2 import (
     GPT2,
     DataLoaderLite,
     GPT2Config,
+    draw_curves,
     find_shards,
     validation_loss,
 )
@@ -63,7 +64,7 @@ def drawn(folder, monkeypatch, **options):
 
     figures, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: figures.append(self) or save(self, *args, **kw))
-    train_gpt2.draw_curves(folder, **options)
+    draw_curves(folder, **options)
     (figure,) = figures
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG") and not (folder / "curves.tmp").exists()
     assert all(axes.get_xlabel() == "step" for axes in figure.axes)
@@ -105,10 +106,11 @@ def test_the_log_of_build_nanogpt_is_drawn_too(tmp_path, monkeypatch):
 def test_curves_that_cannot_be_drawn_stop_nothing(tmp_path, capsys, log):
     if log is not None:
         (tmp_path / "log.txt").write_text(log)
-    train_gpt2.draw_curves(tmp_path)
+    draw_curves(tmp_path)
     assert "curves.png can't be drawn" in capsys.readouterr().out and not (tmp_path / "curves.png").exists()
 
 
-def test_a_run_draws_its_curves(here):
+def test_a_run_draws_its_curves(here, monkeypatch):
+    monkeypatch.setattr(train_gpt2, "draw_curves", draw_curves)
     assert train_gpt2.main([*TINY, "--data=data", "--log_dir=log", "--val_every=10"]) == 0
     assert (here / "log/curves.png").read_bytes().startswith(b"\x89PNG")

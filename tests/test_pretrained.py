@@ -275,7 +275,7 @@ def test_a_folder_that_is_no_gpt2_says_what_is_wrong(folder, case):
     [
         (["--init_from=gpt3", "--generate=x"], "gpt3 is no model; name one of gpt2, gpt2-medium"),
         (["--init_from=demo", "--generate=x"], "demo is no model"),
-        (["--init_from=", "--generate=x"], "config.json"),
+        (["--init_from=", "--generate=x"], "--init_from is empty"),
         (["--init_from=data", "--generate=x"], "config.json"),
         (["--init_from=data/manifest.json", "--export=out"], "can't be read as a checkpoint"),
         (["--init_from=hf", "--export=data"], "--export data is there already"),

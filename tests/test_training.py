@@ -158,7 +158,8 @@ def test_checkpoint_holds_what_it_should(here):
 
 @pytest.mark.parametrize("first, dtype", [(1, "fp32"), (7, "fp32"), (19, "fp32"), (11, "fp16"), (11, "bf16")])
 def test_resumed_run_ends_like_an_uninterrupted_one(here, capsys, first, dtype):
-    run = [*RUN, "--dtype", dtype, "--val_every", "4", "--sample_every", "4", "--checkpoint_every"]
+    run = [*RUN, "--dtype", dtype, "--val_every", "4", "--sample_every", "4", "--max_new_tokens", "8"]
+    run.append("--checkpoint_every")
     assert main([*run, "20", "--log_dir", "whole"]) == 0
     assert main([*run, str(first), "--log_dir", "parts", "--keep_checkpoints", "0"]) == 0
     for path in (here / "parts").glob("model_*.pt"):
