@@ -293,7 +293,7 @@ class GPT2(nn.Module):
             else:  # but here each token's position changes with each step
                 x = self.hidden(idx[:, -self.config.block_size :])
             logits = self.logits(x[:, -1]).float()  # (B, V)
-            if temperature == 0:
+            if temperature < 1e-6:  # dividing by it would overflow, and change nothing
                 next_token = logits.argmax(dim=-1, keepdim=True)
             else:
                 k = min(top_k or logits.size(-1), logits.size(-1))
@@ -375,7 +375,8 @@ def read_shard(path: Path) -> np.ndarray:
     of header: 20240520, version 1, token count; then uint16). Raises UserError for anything else."""
     try:
         if path.suffix == ".npy":
-            tokens = np.load(path, mmap_mode="r")
+            with np.errstate(over="ignore"):  # a header may claim any size
+                tokens = np.load(path, mmap_mode="r")
             if tokens.dtype != np.uint16 or tokens.ndim != 1:
                 raise ValueError(f"{tokens.ndim}-dimensional {tokens.dtype}, not one-dimensional uint16")
         else:
@@ -595,11 +596,14 @@ def encode_prompt(encoding, prompt: str, block_size: int) -> list[int]:
 def print_samples(model: GPT2, encoding, cfg: TrainConfig, prompt: str, seed: int) -> None:
     """Print `cfg.num_samples` continuations of a prompt. What would upset a terminal is replaced."""
     device = next(model.parameters()).device
-    idx = torch.tensor([encode_prompt(encoding, prompt, model.config.block_size)] * cfg.num_samples, device=device)
+    tokens = encode_prompt(encoding, prompt, model.config.block_size)
     generator = torch.Generator(device).manual_seed(seed)
-    for i, row in enumerate(model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, generator).tolist()):
-        text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in encoding.decode(row))
-        say(f"--- sample {i}\n{text}")
+    for first in range(0, cfg.num_samples, 16):  # as many at a time as any memory holds
+        idx = torch.tensor([tokens] * min(16, cfg.num_samples - first), device=device)
+        rows = model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, generator).tolist()
+        for i, row in enumerate(rows, first):
+            text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in encoding.decode(row))
+            say(f"--- sample {i}\n{text}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

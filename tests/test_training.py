@@ -236,6 +236,16 @@ def test_generate_continues_a_prompt(here, capsys, source):
     assert samples[0][2:] == samples[1][2:]  # greedy
 
 
+def test_as_many_samples_as_asked_for_at_any_temperature(here, capsys):
+    assert main([*RUN, "--max_steps=3", "--checkpoint_every=3", "--log_dir=log"]) == 0
+    capsys.readouterr()
+    for temperature in ("0", "1e-310", "1e-3", "1e9"):
+        flags = ["--generate=ab", "--num_samples=35", "--max_new_tokens=3", f"--temperature={temperature}"]
+        assert main([*flags, "--log_dir=log", "--device=cpu"]) == 0
+        samples = re.findall(r"^--- sample (\d+)\nab", capsys.readouterr().out, re.MULTILINE)
+        assert samples == [str(i) for i in range(35)]
+
+
 def test_sampling_does_not_disturb_training(here):
     assert main([*RUN, "--log_dir", "quiet"]) == 0
     assert main([*RUN, "--log_dir", "chatty", "--sample_every", "1", "--val_every", "3"]) == 0
