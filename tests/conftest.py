@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "train_gpt2.py"
 sys.path.insert(0, str(ROOT))
 sys.dont_write_bytecode = True
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C, and so would theirs
 # One thread: small models gain nothing from more, and a busy machine makes threads that wait for each other slow
 os.environ.update(TIKTOKEN_CACHE_DIR="", HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
 
@@ -96,8 +98,6 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def signals_as_they_were():
-    import signal
-
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield
     for s, handler in before.items():
