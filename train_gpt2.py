@@ -769,7 +769,7 @@ def read_pretrained(what: str) -> dict:
         hf = json.loads(path.read_text(encoding="utf-8"))
         config = {size: hf["n_positions" if size == "block_size" else size] for size in SIZES}
         for _, vocab_size in ENCODINGS.values():  # someone else's padding
-            if vocab_size < config["vocab_size"] <= -(-vocab_size // 128) * 128:
+            if vocab_size < config["vocab_size"] <= GPT2Config(vocab_size).padded_vocab_size:
                 config["vocab_size"] = vocab_size
         if differ := [f"{key} {hf[key]}" for key, value in PUBLISHED.items() if hf.get(key, value) != value]:
             raise ValueError(f"another model than GPT-2: {', '.join(differ)}")
@@ -787,6 +787,7 @@ def read_pretrained(what: str) -> dict:
 def export(model: GPT2, folder: Path) -> None:
     """Write a folder that transformers' GPT2LMHeadModel.from_pretrained opens: config.json, generation_config.json and
     model.safetensors. It appears whole or not at all. Raises UserError when it holds something or can't be written."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     c, weights = model.config, {}
@@ -798,7 +799,8 @@ def export(model: GPT2, folder: Path) -> None:
         PUBLISHED, **special, architectures=["GPT2LMHeadModel"], embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
         **{"n_positions" if size == "block_size" else size: getattr(c, size) for size in SIZES},
     )  # fmt: skip
-    partial = folder.with_name(folder.name + ".tmp")
+    folder = folder.absolute()
+    partial = folder.parent / f".{folder.name}.tmp"
     try:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"--export {folder} is there already; choose another folder, or remove it")
@@ -809,7 +811,8 @@ def export(model: GPT2, folder: Path) -> None:
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"--export {folder} can't be written ({error}); choose another folder") from error
 
 

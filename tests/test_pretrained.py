@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import PROGRAM, ROOT, TINY, python, write_shards
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import train_gpt2
@@ -278,8 +279,10 @@ def test_a_folder_that_is_no_gpt2_says_what_is_wrong(folder, case):
         (["--init_from=", "--generate=x"], "--init_from is empty"),
         (["--init_from=data", "--generate=x"], "config.json"),
         (["--init_from=data/manifest.json", "--export=out"], "can't be read as a checkpoint"),
-        (["--init_from=hf", "--export=data"], "--export data is there already"),
-        (["--init_from=hf", "--export=data/manifest.json"], "--export data/manifest.json"),
+        (["--init_from=hf", "--export=data"], "data is there already"),
+        (["--init_from=hf", "--export=."], "is there already"),
+        (["--init_from=hf", "--export=/"], "is there already"),
+        (["--init_from=hf", "--export=data/manifest.json"], "data/manifest.json can't be written"),
         (["--init_from=hf", "--export=data/manifest.json/out"], "can't be written"),
         (["--init_from=hf", "--data=gpt2"], "vocab_size 257 and the data ask for 50257"),
         (["--init_from=hf", "--data=data", "--n_layer=3"], "n_layer 2 and --n_layer asks for 3"),
@@ -297,14 +300,16 @@ def test_wrong_sources_and_destinations_are_one_line(here, capsys, flags, words)
     assert sorted((path, path.stat().st_mtime_ns) for path in here.rglob("*")) == before
 
 
-def test_an_export_that_is_cut_short_leaves_no_folder_of_that_name(folder, monkeypatch):
-    def full_disk(*args, **options):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("I/O error: No space left")])
+def test_an_export_that_is_cut_short_leaves_nothing(tmp_path, monkeypatch, error):
+    def full_disk(weights, path, **options):
+        path.write_bytes(b"half of it")
+        raise error
 
     monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     with pytest.raises(UserError, match="No space left"):
-        export(GPT2(GPT2Config(vocab_size=257, n_layer=1, n_head=1, n_embd=4, block_size=4)), folder.parent / "out")
-    assert not (folder.parent / "out").exists()
+        export(GPT2(GPT2Config(vocab_size=257, n_layer=1, n_head=1, n_embd=4, block_size=4)), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_are_read_without_transformers(folder):
