@@ -430,16 +430,17 @@ def say(message: str) -> None:
 class ShardWriter:
     """Writes what np.save would, under a temporary name and without holding it in memory."""
 
-    def __init__(self, path: Path):
-        self.path, self.partial, self.count = path, path.with_name(path.name + ".tmp"), 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.partial, "w+b")
-        self.write_header()
+    def __init__(self, path: Path):  # opens nothing yet: who is interrupted here has no writer to discard
+        self.path, self.partial, self.count, self.file = path, path.with_name(path.name + ".tmp"), 0, None
 
     def write_header(self) -> None:  # 128 bytes for any count
         np.lib.format.write_array_header_1_0(self.file, dict(descr="<u2", fortran_order=False, shape=(self.count,)))
 
     def add(self, tokens) -> None:
+        if self.file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.partial, "w+b")
+            self.write_header()
         self.file.write(tokens)
         self.count += len(tokens) // 2
 
@@ -457,7 +458,8 @@ class ShardWriter:
     def discard(self) -> None:
         """Leave nothing of a shard that is not finished."""
         with contextlib.suppress(OSError):  # closing flushes, for which a full disk has no room
-            self.file.close()
+            if self.file:
+                self.file.close()
         self.partial.unlink(missing_ok=True)
 
 

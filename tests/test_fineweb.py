@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import json
+import os
+import random
 import re
 import signal
 import subprocess
@@ -23,6 +25,7 @@ import fineweb
 from train_gpt2 import byte_encoding, gpt2_encoding
 
 GPT2 = gpt2_encoding()
+INTERRUPTS = int(os.environ.get("INTERRUPTS", 50))
 BY_VALUE = {part: getattr(GPT2, f"_{part}") for part in ("pat_str", "mergeable_ranks", "special_tokens")}
 ODD = [
     "", "plain text", "a<|endoftext|>b", "<|endoftext|>", "👩‍👩‍👧‍👦 é", "  two\n\n\n  spaces\t \r\n", "汉字。没有空格",
@@ -293,6 +296,47 @@ def test_ctrl_c_and_sigterm_stop_at_once_and_leave_nothing_unfinished(tmp_path):
         _, err = process.communicate(timeout=120)
         assert process.returncode == code and "Traceback" not in err, err
         assert 0 < len(read(out)) < 110  # whole shards and a manifest, nothing else
+
+
+def test_interrupted_at_any_instruction_nothing_unfinished_is_left(inline):
+    """A KeyboardInterrupt at a random instruction of what writes shards, as a signal brings it: whole shards stay."""
+    documents = [f"{i} " + "words " * (i % 9) for i in range(40)]
+    write_jsonl(inline / "a.jsonl", documents)
+    expected = shards_of(documents, 300, byte_encoding())
+    writing = {"prepare", "finish_shard", "write_manifest", "write_header", "add", "finish", "__init__"}
+    left, dice = 0, random.Random(0)
+
+    def trace(frame, event, _):
+        nonlocal left
+        if frame.f_code.co_filename != fineweb.__file__ or frame.f_code.co_name not in writing:
+            return None
+        frame.f_trace_opcodes = True
+        left -= 1
+        if left == 0:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    def run_until(instruction, out):
+        nonlocal left
+        left = instruction
+        sys.settrace(trace)
+        try:
+            code = fineweb.main(["--files", "a.jsonl", f"--out={out}", "--encoding=bytes", "--shard_size=300"])
+        finally:
+            sys.settrace(None)
+        return code
+
+    assert run_until(10**9, "whole") == 0
+    count = 10**9 - left
+    for i, instruction in enumerate(dice.sample(range(1, count + 1), min(INTERRUPTS, count))):
+        out = inline / f"out{i}"
+        assert run_until(instruction, out) == 130
+        assert not [path for path in out.glob("*") if path.suffix not in (".npy", ".json")], instruction
+        for path in out.glob("*.npy"):
+            np.testing.assert_array_equal(np.load(path), expected[int(path.stem[-6:])])
+        assert run_until(10**9, out) == 0
+        assert_shards(out, expected)
 
 
 def test_a_resumed_run_tokenises_only_what_is_left(inline, monkeypatch):
