@@ -1044,7 +1044,8 @@ def fit_micro_batch(cfg: TrainConfig, model: GPT2, optimizer, forward, autocast,
         tokens = min(2**16, 2**16 * torch.cuda.mem_get_info(device)[0] / 60e9 * 124e6 / model.num_params())
     tokens = sum_over_ranks([tokens], device)[0] / WORLD_SIZE  # cards may differ in what is free; ranks may not differ
     B = cfg.micro_batch_size or max(1, int(tokens / T))
-    to_come = (0 if optimizer.state else 2) + (WORLD_SIZE > 1)  # per weight: AdamW's moments, DDP's buckets
+    to_come = 0 if optimizer.state else 2  # per weight: AdamW's moments
+    forward.require_backward_grad_sync = False  # DDP: a rank out of memory must not keep the others waiting
     while B := max((b for b in range(1, B + 1) if sequences % b == 0), default=0):
         try:
             stand_ins = [torch.empty_like(p) for p in model.parameters() for _ in range(to_come)]
@@ -1131,11 +1132,13 @@ def train(cfg: TrainConfig) -> int:
     half = torch.float16 if cfg.dtype == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, half, enabled=cfg.dtype != "fp32")
     cfg.compile = cfg.compile and can_compile(device)
-    compiled = torch.compile(model, dynamic=False) if cfg.compile else model
-    B = cfg.micro_batch_size = fit_micro_batch(cfg, model, optimizer, compiled, autocast, device)
+    ddp = compiled = torch.compile(model, dynamic=False) if cfg.compile else model
+    if WORLD_SIZE > 1:  # compiled within DDP, the backward pass comes in pieces, one a bucket of gradients to exchange
+        ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
+        torch._dynamo.config.optimize_ddp = not cfg.activation_checkpointing  # the two exclude each other until 2.12
+    B = cfg.micro_batch_size = fit_micro_batch(cfg, model, optimizer, ddp, autocast, device)
     A = cfg.total_batch_size // (B * cfg.sequence_length * WORLD_SIZE)  # micro-steps whose gradients add up
     train_loader.B = val_loader.B = B
-    ddp = compiled if WORLD_SIZE == 1 else DistributedDataParallel(compiled, gradient_as_bucket_view=True)
 
     summarise(cfg, model, train_loader, val_loader, encoding_name)
     if RANK == 0:

@@ -40,34 +40,48 @@ def test_two_processes_have_the_losses_of_one_and_only_rank_0_speaks_and_writes(
     assert sorted(p.name for p in (here / "log").iterdir()) == [".lock", "curves.png", "log.txt", "model_00020.pt"]
 
 
-def test_accumulation_and_compilation_give_the_same_and_every_rank_ends_with_the_same_weights(here, alone):
+def test_accumulation_and_compilation_give_the_same_and_gradients_travel_once_during_the_backward_pass(here, alone):
     (here / "driver.py").write_text(
         textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(PROGRAM.parent)!r})
         import functools, torch, train_gpt2
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
         from torch.nn.parallel import DistributedDataParallel as DDP
 
         torch.compile = functools.partial(torch.compile, backend="aot_eager")  # graphs as on a GPU, run as they are
-        models, syncs = [], []
+        torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 20_000  # several buckets, of a model as small as this
+        models, events = [], []
+        def exchange(state, bucket):
+            events.append("exchange")
+            return allreduce_hook(state, bucket)
         class Watched(DDP):
             def __init__(self, *args, **options):
-                super().__init__(*args, **options)
+                super().__init__(*args, **options, bucket_cap_mb=0.03)
+                self.register_comm_hook(None, exchange)
+                first = self.module.transformer.wpe.weight  # whose gradient comes last
+                first.register_post_accumulate_grad_hook(lambda p: events.append("first layer"))
                 models.append(self)
             def forward(self, *args):
-                syncs.append(self.require_backward_grad_sync)
+                events.append("forward")
                 return super().forward(*args)
         train_gpt2.DistributedDataParallel = Watched
         code = train_gpt2.main()
-        torch.save((models[0].module.state_dict(), syncs), f"rank{{train_gpt2.RANK}}.pt")
+        torch.save((models[0].module.state_dict(), events), f"rank{{train_gpt2.RANK}}.pt")
         sys.exit(code)
         """)
     )
     torchrun("driver.py", *RUN, "--log_dir", "log", "--micro_batch_size", "1", "--compile", cwd=here)
     assert_same_run(alone, here / "log")
-    (weights, syncs), (other, _) = (torch.load(f"rank{r}.pt") for r in range(2))
+    (weights, events), (other, _) = (torch.load(f"rank{r}.pt") for r in range(2))
     assert all(weights[name].equal(other[name]) for name in weights)
-    assert syncs == 20 * [False, False, False, True]  # gradients are exchanged once a step
+    passes = " ".join(events).split("forward")[2:]  # one more was for the trial of the micro-batch
+    assert len(passes) == 20 * 4
+    for i, happened in enumerate(passes):
+        if i % 4 < 3:
+            assert "exchange" not in happened
+        elif i > 3:  # most of it while there are gradients to come; in the first step DDP looks in which order they do
+            assert happened.count("exchange") >= 3 and happened.split()[:2] == ["exchange", "exchange"]
 
 
 def test_two_nodes_on_the_loopback_address(here, alone):
