@@ -982,9 +982,13 @@ def native_dtype(device: torch.device) -> str:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Try torch.compile on next to nothing; where a compiler or Triton is missing, say so in one line."""
+    """Try torch.compile on next to nothing; where a compiler or Triton is missing, say so in one line. The gradient of
+    a repeated token's embedding is tried because torch 2.6 loses all but a part of it on some CPUs."""
+    tokens, table = torch.zeros(64, dtype=torch.int64, device=device), torch.ones(8, 32, device=device).requires_grad_()
     try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+        torch.compile(lambda: F.embedding(tokens, table).square().sum())().backward()
+        if not table.grad[0].eq(128).all():
+            raise ValueError(f"torch {torch.__version__} computes wrong gradients with it")
         return True
     except Exception as error:  # the reasons are as many as the platforms
         say(f"torch.compile can't be used here ({repr(error)[:100]}); training without it")

@@ -2,6 +2,8 @@
 
 python tests/benchmark.py ladder                      # what each step from float32 to the trainer's settings gains
 python tests/benchmark.py step                        # the training loop against its bare products
+python tests/benchmark.py profile                     # where a step's milliseconds go
+python tests/benchmark.py memory                      # what the larger models take, and whether they fit small cards
 python tests/benchmark.py loader                      # batches a second, against reading whole shards
 python tests/benchmark.py scaling                     # two processes against one
 python tests/benchmark.py tokenize                    # fineweb.py against plain tiktoken and the pool scheme
@@ -78,8 +80,9 @@ def training_step(cfg, device, B: int, T: int, micro_steps: int, fused: bool | N
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
     sizes = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(train_gpt2.GPT2Config)}
-    model = train_gpt2.GPT2(train_gpt2.GPT2Config(**sizes))
-    optimizer = model.to(device).configure_optimizers(cfg.weight_decay, cfg.max_lr, fused)
+    with torch.device(device):
+        model = train_gpt2.GPT2(train_gpt2.GPT2Config(**sizes))
+    optimizer = model.configure_optimizers(cfg.weight_decay, cfg.max_lr, fused)
     forward = torch.compile(model, dynamic=False) if cfg.compile else model
     x, y = torch.randint(0, cfg.vocab_size, (2, B, T), device=device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bf16")
@@ -225,6 +228,146 @@ def step(args) -> None:
     base = np.array(seconds["forward, backward, optimiser step"])
     rows = [[k, 1e3 * float(np.median(v)), f"{np.median(np.array(v) / base):.3f}"] for k, v in seconds.items()]
     print_table(["", "ms a step, median", "× the bare step"], rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# profile: where the time of a step goes
+
+KINDS = (  # what a kernel's name, or on a CPU an operation's, says of its work; the first that fits counts
+    ("attention", "scaled_dot_product|flash|fmha|sdpa"),
+    ("optimiser and clipping", "adam|multi_tensor|foreach|vector_norm|lpnorm|optimizer"),
+    ("loss", "log_softmax|nll_loss|cross_entropy"),
+    ("matrix products", r"gemm|nvjet|cutlass|cublas|splitk|::(add)?b?mm\b"),
+    ("copies and fills", "memcpy|memset|::copy_|::cat|::fill_|::zero_|contiguous"),
+    ("element-wise work and norms", "triton|elementwise|layer_norm|gelu|::add|::mul|::div|::sum|embedding|reduce"),
+)
+
+
+def profile(args) -> None:
+    """Self time of every kernel (on a CPU of every operation) in a step of the trainer's settings, by kind."""
+    import torch
+
+    import train_gpt2
+
+    device = train_gpt2.choose_device(args.device)
+    cuda = device.type == "cuda"
+    name = args.model or ("gpt2" if cuda else "demo")
+    cfg = config_of(name, dtype=train_gpt2.native_dtype(device), tf32=cuda, compile=cuda and name != "demo")
+    T = cfg.block_size
+    B = args.micro_batch_size or (16 if cuda else max(1, 2048 // T))
+    print(f"{hardware(device)}: {name}, {B} × {T} tokens × {args.micro_steps} micro-steps, {args.steps} steps\n")
+    step, _ = training_step(cfg, device, B, T, args.micro_steps, fused=True)
+    for _ in range(5):
+        step()
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(args.steps):
+        step()
+    synchronize(device)
+    wall = (time.perf_counter() - start) / args.steps  # the profiler itself takes time, so it does not look on here
+    activities = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * cuda]
+    with torch.profiler.profile(activities=activities) as record:
+        for _ in range(args.steps):
+            step()
+        synchronize(device)
+    seconds, rest = dict.fromkeys([kind for kind, _ in KINDS], 0.0), 0.0
+    for event in record.key_averages():
+        if cuda and event.device_type != torch.autograd.DeviceType.CUDA:
+            continue  # an operation that launched kernels, which stand for themselves
+        time_of = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6 / args.steps
+        kind = next((kind for kind, names in KINDS if re.search(names, event.key, re.IGNORECASE)), None)
+        if kind:
+            seconds[kind] += time_of
+        else:
+            rest += time_of
+    if cuda:
+        seconds["other kernels"] = rest
+    rows = [[kind, 1e3 * t, f"{t / wall:.0%}"] for kind, t in sorted(seconds.items(), key=lambda item: -item[1])]
+    gaps = wall - sum(seconds.values())
+    rows.append(["gaps between kernels" if cuda else "Python, dispatch, autograd", 1e3 * gaps, f"{gaps / wall:.0%}"])
+    print_table(["", "ms a step", "share"], [*rows, ["the step", 1e3 * wall, "100%"]])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# memory: does a model fit a card?
+
+
+def computed_peak(name: str, B: int, checkpointing: bool) -> float:
+    """Bytes of all tensors alive at the worst moment of a step in bf16 autocast, uncompiled, from their sizes alone:
+    nothing is computed and nothing allocated, so any machine can tell."""
+    import weakref
+
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Tally(TorchDispatchMode):
+        alive, now, peak = {}, 0, 0
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            out = operation(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(out):
+                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.alive:
+                    storage = tensor.untyped_storage()
+                    self.alive[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self.free, storage._cdata)
+            self.peak = max(self.peak, self.now)
+            return out
+
+        def free(self, key):
+            self.now -= self.alive.pop(key)
+
+    class Norm(torch.nn.LayerNorm):  # autocast on CUDA computes it in float32, on a CPU not
+        def forward(self, x):
+            return super().forward(x.float())
+
+    tally, LayerNorm = Tally(), torch.nn.LayerNorm
+    torch.nn.LayerNorm = Norm
+    try:
+        with FakeTensorMode(), tally:
+            cfg = config_of(name, dtype="bf16", compile=False, activation_checkpointing=checkpointing)
+            step, _ = training_step(cfg, torch.device("cpu"), B, cfg.block_size, 1, fused=True)
+            step()  # from here on AdamW's moments are there
+            tally.peak = tally.now
+            step()
+    finally:
+        torch.nn.LayerNorm = LayerNorm
+    return tally.peak
+
+
+CAPPED = """
+import sys, torch, train_gpt2
+total = torch.cuda.get_device_properties(0).total_memory
+torch.cuda.set_per_process_memory_fraction(min(1.0, float(sys.argv[1]) * 1e9 / total))
+code = train_gpt2.main(sys.argv[2:])
+print(f"peak {torch.cuda.max_memory_reserved() / 1e9:.1f}")
+sys.exit(code)
+"""
+
+
+def memory(args) -> None:
+    """The memory a step needs by the sizes of its tensors and, with a CUDA GPU, whether the trainer finds a
+    micro-batch by itself when it is held to a small card's memory."""
+    import torch
+
+    rows = []
+    for name, card, checkpointing in ("gpt2", 6, False), ("gpt2-large", 24, True), ("gpt2-xl", 40, True):
+        peaks = [f"{computed_peak(name, B, checkpointing) / 1e9:.1f}" for B in (1, 4)]
+        measured = ["-", "-"]
+        if torch.cuda.is_available():
+            with tempfile.TemporaryDirectory() as folder:
+                write_tokens(Path(folder), 10**6, 2, 50257, "gpt2")
+                flags = [f"--model={name}", "--data=.", *NOTHING_BUT_STEPS, "--max_steps=5", "--total_batch_size=65536"]
+                flags += ["--activation_checkpointing"] * checkpointing
+                command = [sys.executable, "-c", CAPPED, str(card), *flags]
+                env = {**os.environ, "PYTHONPATH": str(ROOT)}
+                done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+                found = re.findall(r"= (\d+) sequences|^peak (.*)", done.stdout, re.MULTILINE)
+                measured = [a or b for a, b in found] if done.returncode == 0 else ["failed", "-"]
+        rows.append([name, "yes" if checkpointing else "no", f"{card} GB", *peaks, *measured])
+    header = ["", "checkpointing", "card", "GB at B = 1", "GB at B = 4", "B found on such a card", "GB used"]
+    print_table(header, rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -534,17 +677,22 @@ def main() -> None:
     for name, run, help, rounds, steps in (
         ("ladder", ladder, "what each step from float32 to the trainer's settings gains", 5, 10),
         ("step", step, "the training loop against its bare products", 9, 40),
+        ("profile", profile, "where a step's milliseconds go", None, 20),
     ):
         command = commands.add_parser(name, help=help)
         command.add_argument("--device", help="cpu, cuda, mps (the fastest there is)")
         command.add_argument("--model", help="named size (gpt2 on CUDA, else demo)")
         command.add_argument("--micro_batch_size", type=int, help="sequences (16 on CUDA, else 2,048 tokens)")
         command.add_argument("--micro_steps", type=int, default=1, help="of a step (%(default)s)")
-        command.add_argument("--rounds", type=int, default=rounds, help="(%(default)s)")
+        if rounds:
+            command.add_argument("--rounds", type=int, default=rounds, help="(%(default)s)")
         command.add_argument("--steps", type=int, default=steps, help="timed steps a round (%(default)s)")
         if name == "ladder":
             command.add_argument("--compile", action="store_true", help="on a CPU, too")
         command.set_defaults(run=run)
+
+    command = commands.add_parser("memory", help="what the larger models take, and whether they fit small cards")
+    command.set_defaults(run=memory)
 
     command = commands.add_parser("loader", help="batches a second, against reading whole shards")
     command.add_argument("--tokens", type=int, default=50_000_000, help="a shard (%(default)s)")

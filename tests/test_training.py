@@ -92,7 +92,7 @@ def test_vocabulary_is_padded_unless_told_not_to(here, capsys):
         assert f"vocabulary 257 in {rows} rows" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("bf16", 0.1), ("fp16", 0.02)])
+@pytest.mark.parametrize("dtype, tolerance", [("bf16", 0.1), ("fp16", 0.03)])
 def test_half_precision_follows_float32(here, dtype, tolerance):
     assert main([*RUN, "--log_dir", "plain"]) == 0
     assert main([*RUN, "--log_dir", "half", "--dtype", dtype, "--val_every", "10", "--sample_every", "10"]) == 0
@@ -390,8 +390,16 @@ class TestCompile:
         assert main([*run, "--log_dir", "eager"]) == 0
         env = dict(TORCHINDUCTOR_CACHE_DIR=str(here / "cache"))
         done = python(PROGRAM, *run, "--log_dir", "compiled", "--compile", cwd=here, env=env)
+        if "computes wrong gradients" in done.stdout:
+            pytest.skip("this torch compiles wrongly, and training noticed")
         assert "compile True" in done.stdout
         assert losses("compiled") == pytest.approx(losses("eager"), abs=1e-4)
+
+    def test_a_compiler_of_wrong_gradients_is_not_used(self, here, monkeypatch, capsys):
+        monkeypatch.setattr(torch, "compile", lambda f, **options: lambda *args: f(*args) / 2)
+        assert main([*RUN, "--log_dir", "log", "--compile"]) == 0
+        out = capsys.readouterr().out
+        assert out.count("computes wrong gradients") == 1 and "compile False" in out
 
     def test_without_a_compiler_one_line_says_so_and_training_goes_on(self, here):
         env = dict(CXX="/nowhere/g++", TORCHINDUCTOR_CACHE_DIR=str(here / "cache"))
