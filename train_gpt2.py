@@ -1136,10 +1136,11 @@ def train(cfg: TrainConfig) -> int:
     half = torch.float16 if cfg.dtype == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, half, enabled=cfg.dtype != "fp32")
     cfg.compile = cfg.compile and can_compile(device)
-    ddp = compiled = torch.compile(model, dynamic=False) if cfg.compile else model
+    compiled = torch.compile(model, dynamic=False) if cfg.compile else model
+    ddp = compiled
     if WORLD_SIZE > 1:  # compiled within DDP, the backward pass comes in pieces, one a bucket of gradients to exchange
         ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
-        torch._dynamo.config.optimize_ddp = not cfg.activation_checkpointing  # the two exclude each other until 2.12
+        torch._dynamo.config.optimize_ddp = not cfg.activation_checkpointing  # older versions can't split that
     B = cfg.micro_batch_size = fit_micro_batch(cfg, model, optimizer, ddp, autocast, device)
     A = cfg.total_batch_size // (B * cfg.sequence_length * WORLD_SIZE)  # micro-steps whose gradients add up
     train_loader.B = val_loader.B = B

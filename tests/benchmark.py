@@ -260,11 +260,13 @@ def profile(args) -> None:
     for _ in range(5):
         step()
     synchronize(device)
-    start = time.perf_counter()
+    times = []  # without the profiler, which takes time itself
     for _ in range(args.steps):
+        start = time.perf_counter()
         step()
-    synchronize(device)
-    wall = (time.perf_counter() - start) / args.steps  # the profiler itself takes time, so it does not look on here
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    wall = float(np.median(times))
     activities = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * cuda]
     with torch.profiler.profile(activities=activities) as record:
         for _ in range(args.steps):
