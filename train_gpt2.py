@@ -1049,7 +1049,6 @@ def fit_micro_batch(cfg: TrainConfig, model: GPT2, optimizer, forward, autocast,
     tokens = sum_over_ranks([tokens], device)[0] / WORLD_SIZE  # cards may differ in what is free; ranks may not differ
     B = cfg.micro_batch_size or max(1, int(tokens / T))
     to_come = 0 if optimizer.state else 2  # per weight: AdamW's moments
-    forward.require_backward_grad_sync = False  # DDP: a rank out of memory must not keep the others waiting
     while B := max((b for b in range(1, B + 1) if sequences % b == 0), default=0):
         try:
             stand_ins = [torch.empty_like(p) for p in model.parameters() for _ in range(to_come)]
@@ -1140,6 +1139,7 @@ def train(cfg: TrainConfig) -> int:
     ddp = compiled
     if WORLD_SIZE > 1:  # compiled within DDP, the backward pass comes in pieces, one a bucket of gradients to exchange
         ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
+        ddp.require_backward_grad_sync = False  # in the trial, a rank out of memory would keep the others waiting
         torch._dynamo.config.optimize_ddp = not cfg.activation_checkpointing  # older versions can't split that
     B = cfg.micro_batch_size = fit_micro_batch(cfg, model, optimizer, ddp, autocast, device)
     A = cfg.total_batch_size // (B * cfg.sequence_length * WORLD_SIZE)  # micro-steps whose gradients add up
