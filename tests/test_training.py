@@ -92,7 +92,7 @@ def test_vocabulary_is_padded_unless_told_not_to(here, capsys):
         assert f"vocabulary 257 in {rows} rows" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("bf16", 0.1), ("fp16", 0.03)])
+@pytest.mark.parametrize("dtype, tolerance", [("bf16", 0.1), ("fp16", 0.02)])
 def test_half_precision_follows_float32(here, dtype, tolerance):
     assert main([*RUN, "--log_dir", "plain"]) == 0
     assert main([*RUN, "--log_dir", "half", "--dtype", dtype, "--val_every", "10", "--sample_every", "10"]) == 0
@@ -390,9 +390,7 @@ class TestCompile:
         assert main([*run, "--log_dir", "eager"]) == 0
         env = dict(TORCHINDUCTOR_CACHE_DIR=str(here / "cache"))
         done = python(PROGRAM, *run, "--log_dir", "compiled", "--compile", cwd=here, env=env)
-        if "computes wrong gradients" in done.stdout:
-            pytest.skip("this torch compiles wrongly, and training noticed")
-        assert "compile True" in done.stdout
+        assert "compile True" in done.stdout or torch.__version__.startswith("2.6.")  # not trusted: wrong gradients
         assert losses("compiled") == pytest.approx(losses("eager"), abs=1e-4)
 
     def test_a_compiler_of_wrong_gradients_is_not_used(self, here, monkeypatch, capsys):
