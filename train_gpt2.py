@@ -12,6 +12,7 @@ a batch, T tokens in a sequence, C channels, V tokens in the vocabulary.
 """
 
 import argparse
+import ctypes
 import functools
 import gc
 import hashlib
@@ -58,8 +59,8 @@ MODELS = {  # GPT-2's sizes with the peak rates GPT-3 had at them (arXiv:2005.14
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4),
-    "demo": dict(n_layer=3, n_head=2, n_embd=96, block_size=128, total_batch_size=2048, max_lr=6e-3, min_lr=1e-4,
-                 warmup_steps=100, max_steps=3000, val_every=500, val_tokens=131072, sample_every=1000,
+    "demo": dict(n_layer=2, n_head=4, n_embd=128, block_size=128, pad_vocab=False, total_batch_size=2048, max_lr=6e-3,
+                 min_lr=1e-4, warmup_steps=100, max_steps=3000, val_every=500, val_tokens=131072, sample_every=1000,
                  checkpoint_every=500, prompt="def ", num_samples=2, max_new_tokens=400, temperature=0.8),
 }  # fmt: skip
 
@@ -981,6 +982,15 @@ def native_dtype(device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and any(check() for check in checks) else "fp32"
 
 
+def keep_memory() -> None:
+    """Have glibc keep what is freed. By itself it hands large blocks back to the system, which clears every page anew
+    when the next step asks for them. Does nothing where the C library is another."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, which would end with it
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
+
+
 def can_compile(device: torch.device) -> bool:
     """Try torch.compile on next to nothing; where a compiler or Triton is missing, say so in one line. The gradient of
     a repeated token's embedding is tried because torch 2.6 loses all but a part of it on some CPUs."""
@@ -1096,6 +1106,8 @@ def train(cfg: TrainConfig) -> int:
     if WORLD_SIZE > 1:
         nccl = device.type == "cuda" and dist.is_nccl_available()
         dist.init_process_group("nccl" if nccl else "gloo", device_id=device if nccl else None)
+    if device.type == "cpu":
+        keep_memory()
     torch.manual_seed(cfg.seed)  # every rank starts from the same weights
     torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
     if cfg.deterministic:

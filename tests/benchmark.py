@@ -70,19 +70,24 @@ def config_of(model: str, **changes):
     return train_gpt2.TrainConfig(**{**train_gpt2.MODELS[model], "vocab_size": vocab_size, "model": model, **changes})
 
 
-def training_step(cfg, device, B: int, T: int, micro_steps: int, fused: bool | None):
-    """A function that does one whole optimiser step on random tokens, with cfg's dtype, tf32 and compile; `fused` None
-    is what torch does by default."""
+def sizes_of(cfg) -> dict:
+    import train_gpt2
+
+    return {field.name: getattr(cfg, field.name) for field in dataclasses.fields(train_gpt2.GPT2Config)}
+
+
+def training_step(cfg, device, B: int, T: int, micro_steps: int):
+    """A function that does one whole optimiser step on random tokens, with cfg's dtype, tf32, compile and fused_adamw
+    (without which torch picks the kernels)."""
     import torch
 
     import train_gpt2
 
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
-    sizes = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(train_gpt2.GPT2Config)}
     with torch.device(device):
-        model = train_gpt2.GPT2(train_gpt2.GPT2Config(**sizes))
-    optimizer = model.configure_optimizers(cfg.weight_decay, cfg.max_lr, fused)
+        model = train_gpt2.GPT2(train_gpt2.GPT2Config(**sizes_of(cfg)))
+    optimizer = model.configure_optimizers(cfg.weight_decay, cfg.max_lr, cfg.fused_adamw)
     forward = torch.compile(model, dynamic=False) if cfg.compile else model
     x, y = torch.randint(0, cfg.vocab_size, (2, B, T), device=device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bf16")
@@ -100,57 +105,91 @@ def training_step(cfg, device, B: int, T: int, micro_steps: int, fused: bool | N
     return step, model
 
 
+KEPT = "+ freed memory kept"  # the rung that isn't a setting, but train_gpt2.keep_memory()
+
+
+def stand_on_rung(pipe, cfg, keeps: bool, B: int, micro_steps: int) -> None:
+    """A process of its own for each rung, since no allocator and no compiler can be made to forget. Sent a number
+    of steps, it does them and sends back the seconds and, on CUDA, the peak of its memory in bytes; 0 is the end."""
+    import torch
+
+    import train_gpt2
+
+    device, T = torch.device(cfg.device), cfg.block_size
+    cuda = device.type == "cuda"
+    if keeps:
+        train_gpt2.keep_memory()
+    step, _ = training_step(cfg, device, B, T, micro_steps)
+    while steps := pipe.recv():
+        for _ in range(2):
+            step()
+        synchronize(device)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        synchronize(device)
+        pipe.send((time.perf_counter() - start, torch.cuda.max_memory_allocated() if cuda else None))
+        if cuda:
+            torch.cuda.empty_cache()  # for the next one
+
+
 def ladder(args) -> None:
-    """Each round climbs the whole ladder, so that whatever the machine does meanwhile hits every rung alike."""
+    """Each round climbs the whole ladder, so that whatever the machine does meanwhile hits every rung alike. At its end
+    comes build-nanogpt's step, compiled: flash attention, AdamW fused on CUDA only, the padding part of the softmax."""
     import torch
 
     import train_gpt2
 
     device = train_gpt2.choose_device(args.device)
-    cuda = device.type == "cuda"
+    cuda, cpu = device.type == "cuda", device.type == "cpu"
     name = args.model or ("gpt2" if cuda else "demo")
-    cfg = config_of(name, attention="manual", pad_vocab=False, dtype="fp32", tf32=False, compile=False)
-    T = cfg.block_size
-    B, micro_steps = args.micro_batch_size or (16 if cuda else max(1, 2048 // T)), args.micro_steps
-    best, compiles = train_gpt2.native_dtype(device), (cuda or args.compile) and train_gpt2.can_compile(device)
-    rungs = [  # (name, change of the config, why this device lacks it)
+    compiles, best = train_gpt2.can_compile(device), train_gpt2.native_dtype(device)
+    cfg = config_of(name, device=str(device), tf32=cuda and torch.cuda.is_tf32_supported(), dtype=best, compile=True)
+    T, B, micro_steps = cfg.block_size, args.micro_batch_size, args.micro_steps
+    B = B or (16 if cuda else max(1, 2048 // T))
+    padded = dataclasses.replace(cfg, pad_vocab=True).padded_vocab_size
+    nanogpt = dataclasses.replace(cfg, vocab_size=padded, fused_adamw=cuda)
+    climb = dataclasses.replace(
+        cfg, attention="manual", pad_vocab=False, dtype="fp32", tf32=False, compile=False, fused_adamw=False
+    )
+    rungs = []  # (name, config, whether freed memory is kept, why the rung is left out)
+    for rung, change, lacking in (
         ("float32, textbook", {}, None),
-        ("+ TF32", dict(tf32=True), None if cuda and torch.cuda.is_tf32_supported() else "no TF32 units"),
+        ("+ TF32", dict(tf32=True), None if cfg.tf32 else "no TF32 units"),
         ("+ bf16 autocast", dict(dtype="bf16"), None if best == "bf16" else "no bf16 units"),
-        ("+ torch.compile", dict(compile=True), None if compiles else "not used here (--compile)"),
+        ("+ torch.compile", dict(compile=True), None if compiles and (cuda or args.compile) else "not used here"),
         ("+ flash attention", dict(attention="flash"), None),
-        ("+ vocabulary padded", dict(pad_vocab=True), None),
-        ("+ fused AdamW", dict(fused_adamw=True), None if device.type in ("cuda", "cpu") else "no kernel"),
-    ]
-    peak = train_gpt2.peak_flops(config_of(name, device=str(device), dtype="bf16", tf32=True))
+        ("+ vocabulary padded", dict(pad_vocab=True), None if cfg.pad_vocab else "not used here"),
+        ("+ fused AdamW", dict(fused_adamw=True), None if cuda or cpu else "no kernel"),
+        (KEPT, {}, None if cpu and sys.platform == "linux" else "not used here"),
+    ):
+        climb = climb if lacking else dataclasses.replace(climb, **change)
+        rungs.append((rung, climb, rung == KEPT, lacking))
+    rungs.append(("build-nanogpt's step", nanogpt, False, None if compiles else "no compiler"))
     print(f"{hardware(device)}: {name}, {B} × {T} tokens × {micro_steps} micro-steps, {args.rounds} rounds\n")
-    speeds, memory, flops = {}, {}, 0
-    for _ in range(args.rounds):
-        changes = {}
-        for rung, change, lacking in rungs:
-            if lacking:
-                continue
-            changes |= change
-            torch._dynamo.reset()
-            fused = changes.get("fused_adamw")
-            step, model = training_step(dataclasses.replace(cfg, **changes), device, B, T, micro_steps, fused)
-            flops = model.flops_per_token(T)
-            for _ in range(3):
-                step()
-            synchronize(device)
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            for _ in range(args.steps):
-                step()
-            synchronize(device)
-            speeds.setdefault(rung, []).append(args.steps * micro_steps * B * T / (time.perf_counter() - start))
-            memory[rung] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-            del step, model
-            if cuda:
-                torch.cuda.empty_cache()
+    context, pipes = multiprocessing.get_context("spawn"), {}
+    for rung, rung_cfg, keeps, lacking in rungs:
+        if not lacking:
+            pipes[rung], end = context.Pipe()
+            job = (end, rung_cfg, keeps, B, micro_steps)
+            context.Process(target=stand_on_rung, args=job, daemon=True).start()
+            end.close()
+    speeds, memory = {rung: [] for rung in pipes}, {}
+    for i in range(-1, args.rounds):  # the first round, in which models compile, does not count
+        for rung, pipe in pipes.items():
+            pipe.send(args.steps)
+            seconds, memory[rung] = pipe.recv()
+            if i >= 0:
+                speeds[rung].append(args.steps * micro_steps * B * T / seconds)
+    for pipe in pipes.values():
+        pipe.send(0)
+    with torch.device("meta"):
+        flops = train_gpt2.GPT2(train_gpt2.GPT2Config(**sizes_of(cfg))).flops_per_token(T)
+    peak = train_gpt2.peak_flops(config_of(name, device=str(device), dtype="bf16", tf32=True))
     rows, first, before = [], None, None
-    for rung, _, lacking in rungs:
+    for rung, _, _, lacking in rungs:
         if lacking:
             rows.append([rung, lacking, *"----"])
             continue
@@ -158,7 +197,7 @@ def ladder(args) -> None:
         first, before = (speed if first is None else first), (speed if before is None else before)
         mfu = f"{np.median(speed) * flops / peak:.1%}" if peak else "-"
         gains = [float(np.median(speed / before)), float(np.median(speed / first))]
-        memory_used = "-" if memory[rung] is None else f"{memory[rung]:.1f}"
+        memory_used = "-" if memory[rung] is None else f"{memory[rung] / 2**30:.1f}"
         rows.append([rung, f"{np.median(speed):,.0f}", *gains, mfu, memory_used])
         before = speed
     print_table(["", "tokens/s", "× the rung before", "× the first", "MFU (bf16 peak)", "peak GiB"], rows)
@@ -206,7 +245,10 @@ def step(args) -> None:
     T = cfg.block_size
     B = args.micro_batch_size or (16 if cuda else max(1, 2048 // T))
     print(f"{hardware(device)}: {name}, {B} × {T} tokens × {args.micro_steps} micro-steps, {args.rounds} rounds\n")
-    bare, _ = training_step(cfg, device, B, T, args.micro_steps, fused=True)
+    cfg.fused_adamw = device.type in ("cuda", "cpu")
+    if device.type == "cpu":
+        train_gpt2.keep_memory()
+    bare, _ = training_step(cfg, device, B, T, args.micro_steps)
     seconds = {"forward, backward, optimiser step": [], "train_gpt2.py": []}
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(Path(folder), 10**6, 2, cfg.vocab_size, "bytes" if name == "demo" else "gpt2")
@@ -256,7 +298,10 @@ def profile(args) -> None:
     T = cfg.block_size
     B = args.micro_batch_size or (16 if cuda else max(1, 2048 // T))
     print(f"{hardware(device)}: {name}, {B} × {T} tokens × {args.micro_steps} micro-steps, {args.steps} steps\n")
-    step, _ = training_step(cfg, device, B, T, args.micro_steps, fused=True)
+    cfg.fused_adamw = device.type in ("cuda", "cpu")
+    if device.type == "cpu":
+        train_gpt2.keep_memory()
+    step, _ = training_step(cfg, device, B, T, args.micro_steps)
     for _ in range(5):
         step()
     synchronize(device)
@@ -328,8 +373,8 @@ def computed_peak(name: str, B: int, checkpointing: bool) -> float:
     torch.nn.LayerNorm = Norm
     try:
         with FakeTensorMode(), tally:
-            cfg = config_of(name, dtype="bf16", compile=False, activation_checkpointing=checkpointing)
-            step, _ = training_step(cfg, torch.device("cpu"), B, cfg.block_size, 1, fused=True)
+            cfg = config_of(name, dtype="bf16", fused_adamw=True, activation_checkpointing=checkpointing)
+            step, _ = training_step(cfg, torch.device("cpu"), B, cfg.block_size, 1)
             step()  # from here on AdamW's moments are there
             tally.peak = tally.now
             step()

@@ -20,9 +20,9 @@ os.environ.update(TIKTOKEN_CACHE_DIR="", HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTE
 
 # A model and a schedule that take a second
 TINY = [
-    "--model=demo", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--total_batch_size=128",
-    "--max_steps=20", "--warmup_steps=2", "--max_lr=1e-2", "--min_lr=1e-3", "--val_every=0", "--hellaswag_every=0",
-    "--sample_every=0", "--checkpoint_every=0", "--device=cpu", "--dtype=fp32",
+    "--model=demo", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--pad_vocab",
+    "--total_batch_size=128", "--max_steps=20", "--warmup_steps=2", "--max_lr=1e-2", "--min_lr=1e-3",
+    "--val_every=0", "--hellaswag_every=0", "--sample_every=0", "--checkpoint_every=0", "--device=cpu", "--dtype=fp32",
 ]  # fmt: skip
 
 

@@ -2,11 +2,13 @@
 
 import functools
 import math
+import platform
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -330,6 +332,24 @@ def test_steps_that_the_loss_scaler_skips_do_not_stop_a_run_unless_no_scaling_he
         assert "error: step 20: loss 4." in capsys.readouterr().err  # 2^16 was halved 16 times
     else:
         assert losses("log")[-1] < 4.5 and (here / "log/model_00040.pt").exists()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep memory, or can't be told to")
+def test_freed_memory_is_kept(here):
+    code = """
+        import resource, sys, torch, train_gpt2
+        def pages():  # that the system has to find for 100 MB
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(25_000_000)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        if "keep" in sys.argv:
+            train_gpt2.keep_memory()
+        pages()
+        print(pages())
+        """
+    program, env = textwrap.dedent(code), dict(PYTHONPATH=str(PROGRAM.parent))
+    given_back, kept = [int(python("-c", program, *args, cwd=here, env=env).stdout) for args in ([], ["keep"])]
+    assert kept < given_back / 10
 
 
 class TestMicroBatch:
