@@ -102,7 +102,7 @@ def training_step(cfg, device, B: int, T: int, micro_steps: int):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step, model
+    return step
 
 
 KEPT = "+ freed memory kept"  # the rung that isn't a setting, but train_gpt2.keep_memory()
@@ -119,7 +119,7 @@ def stand_on_rung(pipe, cfg, keeps: bool, B: int, micro_steps: int) -> None:
     cuda = device.type == "cuda"
     if keeps:
         train_gpt2.keep_memory()
-    step, _ = training_step(cfg, device, B, T, micro_steps)
+    step = training_step(cfg, device, B, T, micro_steps)
     while steps := pipe.recv():
         for _ in range(2):
             step()
@@ -232,23 +232,30 @@ def write_tokens(folder: Path, tokens: int, shards: int, vocab_size: int, encodi
     (folder / "manifest.json").write_text(json.dumps(dict(encoding=encoding, vocab_size=vocab_size)))
 
 
+def trainers_step(args, device, how_long: str):
+    """One step as `training_step` makes it, of the settings the trainer would choose here; their config, B and T."""
+    import train_gpt2
+
+    cuda, cpu = device.type == "cuda", device.type == "cpu"
+    name = args.model or ("gpt2" if cuda else "demo")
+    best = dict(dtype=train_gpt2.native_dtype(device), tf32=cuda, compile=cuda and name != "demo")
+    cfg = config_of(name, **best, fused_adamw=cuda or cpu)
+    T = cfg.block_size
+    B = args.micro_batch_size or (16 if cuda else max(1, 2048 // T))
+    print(f"{hardware(device)}: {name}, {B} × {T} tokens × {args.micro_steps} micro-steps, {how_long}\n")
+    if cpu:
+        train_gpt2.keep_memory()
+    return training_step(cfg, device, B, T, args.micro_steps), cfg, B, T
+
+
 def step(args) -> None:
     """Forward, backward and optimiser step of the same model on the same shapes, a fixed batch, no clipping and nothing
     read back, against the training loop with all it does besides."""
     import train_gpt2
 
     device = train_gpt2.choose_device(args.device)
-    cuda = device.type == "cuda"
-    name = args.model or ("gpt2" if cuda else "demo")
-    cfg = config_of(name, attention="flash", dtype=train_gpt2.native_dtype(device), tf32=cuda, device=str(device))
-    cfg.compile = cuda and name != "demo"
-    T = cfg.block_size
-    B = args.micro_batch_size or (16 if cuda else max(1, 2048 // T))
-    print(f"{hardware(device)}: {name}, {B} × {T} tokens × {args.micro_steps} micro-steps, {args.rounds} rounds\n")
-    cfg.fused_adamw = device.type in ("cuda", "cpu")
-    if device.type == "cpu":
-        train_gpt2.keep_memory()
-    bare, _ = training_step(cfg, device, B, T, args.micro_steps)
+    bare, cfg, B, T = trainers_step(args, device, f"{args.rounds} rounds")
+    name = cfg.model
     seconds = {"forward, backward, optimiser step": [], "train_gpt2.py": []}
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(Path(folder), 10**6, 2, cfg.vocab_size, "bytes" if name == "demo" else "gpt2")
@@ -293,15 +300,7 @@ def profile(args) -> None:
 
     device = train_gpt2.choose_device(args.device)
     cuda = device.type == "cuda"
-    name = args.model or ("gpt2" if cuda else "demo")
-    cfg = config_of(name, dtype=train_gpt2.native_dtype(device), tf32=cuda, compile=cuda and name != "demo")
-    T = cfg.block_size
-    B = args.micro_batch_size or (16 if cuda else max(1, 2048 // T))
-    print(f"{hardware(device)}: {name}, {B} × {T} tokens × {args.micro_steps} micro-steps, {args.steps} steps\n")
-    cfg.fused_adamw = device.type in ("cuda", "cpu")
-    if device.type == "cpu":
-        train_gpt2.keep_memory()
-    step, _ = training_step(cfg, device, B, T, args.micro_steps)
+    step, *_ = trainers_step(args, device, f"{args.steps} steps")
     for _ in range(5):
         step()
     synchronize(device)
@@ -374,7 +373,7 @@ def computed_peak(name: str, B: int, checkpointing: bool) -> float:
     try:
         with FakeTensorMode(), tally:
             cfg = config_of(name, dtype="bf16", fused_adamw=True, activation_checkpointing=checkpointing)
-            step, _ = training_step(cfg, torch.device("cpu"), B, cfg.block_size, 1)
+            step = training_step(cfg, torch.device("cpu"), B, cfg.block_size, 1)
             step()  # from here on AdamW's moments are there
             tally.peak = tally.now
             step()
@@ -495,8 +494,11 @@ def scaling(args) -> None:
                 tps = [float(v) for t, stream, v in lines if stream == "tps" and int(t) >= args.steps // 4]
                 speeds[way].append(float(np.median(tps)))
     base = np.array(speeds["one process"])
-    rows = [[way, f"{np.median(v):,.0f}", float(np.median(np.array(v) / base))] for way, v in speeds.items()]
-    print_table(["", "tokens/s, median", "× one process"], rows)
+    rows = [
+        [way, f"{np.median(v):,.0f}", float(np.median(np.array(v) / base)), f"{max(v):,.0f}", float(max(v) / max(base))]
+        for way, v in speeds.items()
+    ]
+    print_table(["", "tokens/s, median", "× one process", "best", "× one process's best"], rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
