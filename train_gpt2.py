@@ -1381,6 +1381,7 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(0.1)  # gloo's threads let go of their last tensors, for which they need Python to be there still
     return code
 
 

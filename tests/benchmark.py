@@ -211,19 +211,6 @@ NEVER = ("val", "sample", "hellaswag", "checkpoint")
 NOTHING_BUT_STEPS = ["--warmup_steps=0", *(f"--{name}_every=0" for name in NEVER)]
 
 
-def median_step(flags: list[str], first: int) -> float:
-    """Seconds a step of train_gpt2.main, in this process, once it runs evenly."""
-    import train_gpt2
-
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as out:
-        code = train_gpt2.main([*flags, f"--log_dir={folder}"])
-        lines = [line.split() for line in Path(folder, "log.txt").read_text().splitlines()]
-        if code:
-            raise SystemExit(out.getvalue())
-    tps = [float(value) for step, stream, value in lines if stream == "tps" and int(step) >= first]
-    return float(np.median(1 / np.array(tps)))
-
-
 def write_tokens(folder: Path, tokens: int, shards: int, vocab_size: int, encoding: str) -> None:
     rng = np.random.default_rng(0)
     for i in range(shards):
@@ -250,33 +237,45 @@ def trainers_step(args, device, how_long: str):
 
 def step(args) -> None:
     """Forward, backward and optimiser step of the same model on the same shapes, a fixed batch, no clipping and nothing
-    read back, against the training loop with all it does besides."""
+    read back, against the training loop with all it does besides. The two take turns within one run of the trainer, a
+    few steps each, and each turn of the loop is held against the bare steps before and after it: what the machine does
+    meanwhile hits both alike."""
     import train_gpt2
 
     device = train_gpt2.choose_device(args.device)
-    bare, cfg, B, T = trainers_step(args, device, f"{args.rounds} rounds")
-    name = cfg.model
-    seconds = {"forward, backward, optimiser step": [], "train_gpt2.py": []}
-    with tempfile.TemporaryDirectory() as folder:
-        write_tokens(Path(folder), 10**6, 2, cfg.vocab_size, "bytes" if name == "demo" else "gpt2")
-        flags = [f"--data={folder}", f"--model={name}", f"--device={device}", *NOTHING_BUT_STEPS]
-        flags += [f"--max_steps={args.steps}", f"--total_batch_size={B * T * args.micro_steps}"]
-        flags += [f"--micro_batch_size={B}", "--compile" if cfg.compile else "--no-compile"]
-        for _ in range(args.rounds):
-            times = []
-            for i in range(args.steps):
-                synchronize(device)
-                start = time.perf_counter()
+    bare, cfg, B, T = trainers_step(args, device, f"{args.rounds} turns of {args.steps} steps")
+    get_lr, began, turns = train_gpt2.get_lr, None, {"forward, backward, optimiser step": [], "train_gpt2.py": []}
+    bare_seconds, loop_seconds = turns.values()
+
+    def take_turns(t, cfg):  # the loop asks for the rate at the start of each step
+        nonlocal began
+        if t % args.steps == 0:
+            synchronize(device)
+            if began is not None:
+                loop_seconds.append((time.perf_counter() - began) / args.steps)
+            start = time.perf_counter()
+            for _ in range(args.steps):
                 bare(clip=False)
-                synchronize(device)
-                if i >= args.steps // 4:
-                    times.append(time.perf_counter() - start)
-            seconds["forward, backward, optimiser step"].append(float(np.median(times)))
-            per_token = median_step(flags, args.steps // 4)
-            seconds["train_gpt2.py"].append(per_token * B * T * args.micro_steps)
-    base = np.array(seconds["forward, backward, optimiser step"])
-    rows = [[k, 1e3 * float(np.median(v)), f"{np.median(np.array(v) / base):.3f}"] for k, v in seconds.items()]
-    print_table(["", "ms a step, median", "× the bare step"], rows)
+            synchronize(device)
+            began = time.perf_counter()
+            bare_seconds.append((began - start) / args.steps)
+        return get_lr(t, cfg)
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as out:
+        write_tokens(Path(folder), 10**6, 2, cfg.vocab_size, "bytes" if cfg.model == "demo" else "gpt2")
+        flags = [f"--data={folder}", f"--log_dir={folder}/log", f"--model={cfg.model}", f"--device={device}"]
+        flags += [f"--max_steps={(args.rounds + 2) * args.steps + 1}", f"--total_batch_size={B * T * args.micro_steps}"]
+        flags += [f"--micro_batch_size={B}", "--compile" if cfg.compile else "--no-compile", *NOTHING_BUT_STEPS]
+        train_gpt2.get_lr = take_turns
+        if train_gpt2.main(flags):
+            raise SystemExit(out.getvalue())
+    bare_seconds, loop_seconds = np.array(bare_seconds[2:]), np.array(loop_seconds[2:])  # the first two warm up
+    ratios = loop_seconds / ((bare_seconds[:-1] + bare_seconds[1:]) / 2)
+    low, median, high = np.percentile(ratios, [25, 50, 75])
+    rows = [[name, 1e3 * float(np.median(seconds[2:]))] for name, seconds in turns.items()]
+    rows[0] += ["1.000", "-"]
+    rows[1] += [f"{median:.3f}", f"{low:.3f} to {high:.3f}"]
+    print_table(["", "ms a step, median", "× the bare step, median", "half of the turns"], rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -727,7 +726,7 @@ def main() -> None:
 
     for name, run, help, rounds, steps in (
         ("ladder", ladder, "what each step from float32 to the trainer's settings gains", 5, 10),
-        ("step", step, "the training loop against its bare products", 9, 40),
+        ("step", step, "the training loop against its bare products", 60, 5),
         ("profile", profile, "where a step's milliseconds go", None, 20),
     ):
         command = commands.add_parser(name, help=help)
