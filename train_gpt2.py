@@ -1150,7 +1150,8 @@ def train(cfg: TrainConfig) -> int:
     compiled = torch.compile(model, dynamic=False) if cfg.compile else model
     ddp = compiled
     if WORLD_SIZE > 1:  # compiled within DDP, the backward pass comes in pieces, one a bucket of gradients to exchange
-        ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
+        bucket = 25 if device.type == "cpu" else None  # MB; else the first has 1, and gloo gets in a small model's way
+        ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True, bucket_cap_mb=bucket)
         ddp.require_backward_grad_sync = False  # in the trial, a rank out of memory would keep the others waiting
         torch._dynamo.config.optimize_ddp = not cfg.activation_checkpointing  # older versions can't split that
     B = cfg.micro_batch_size = fit_micro_batch(cfg, model, optimizer, ddp, autocast, device)

@@ -57,7 +57,7 @@ def test_accumulation_and_compilation_give_the_same_and_gradients_travel_once_du
             return allreduce_hook(state, bucket)
         class Watched(DDP):
             def __init__(self, *args, **options):
-                super().__init__(*args, **options, bucket_cap_mb=0.03)
+                super().__init__(*args, **dict(options, bucket_cap_mb=0.03))
                 self.register_comm_hook(None, exchange)
                 first = self.module.transformer.wpe.weight  # whose gradient comes last
                 first.register_post_accumulate_grad_hook(lambda p: events.append("first layer"))
