@@ -130,9 +130,10 @@ def stand_on_rung(pipe, cfg, keeps: bool, B: int, micro_steps: int) -> None:
         for _ in range(steps):
             step()
         synchronize(device)
-        pipe.send((time.perf_counter() - start, torch.cuda.max_memory_allocated() if cuda else None))
+        seconds, peak = time.perf_counter() - start, torch.cuda.max_memory_allocated() if cuda else None
         if cuda:
-            torch.cuda.empty_cache()  # for the next one
+            torch.cuda.empty_cache()  # for the next one, which begins when this one has reported
+        pipe.send((seconds, peak))
 
 
 def ladder(args) -> None:
