@@ -1380,9 +1380,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    finally:
+        if WORLD_SIZE > 1:  # gloo's threads let go of their last tensors, for which they need Python to be there still
+            time.sleep(0.1)
     if dist.is_initialized():
         dist.destroy_process_group()
-        time.sleep(0.1)  # gloo's threads let go of their last tensors, for which they need Python to be there still
     return code
 
 
