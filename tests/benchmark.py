@@ -245,8 +245,7 @@ def step(args) -> None:
 
     device = train_gpt2.choose_device(args.device)
     bare, cfg, B, T = trainers_step(args, device, f"{args.rounds} turns of {args.steps} steps")
-    get_lr, began, turns = train_gpt2.get_lr, None, {"forward, backward, optimiser step": [], "train_gpt2.py": []}
-    bare_seconds, loop_seconds = turns.values()
+    get_lr, began, bare_seconds, loop_seconds = train_gpt2.get_lr, None, [], []
 
     def take_turns(t, cfg):  # the loop asks for the rate at the start of each step
         nonlocal began
@@ -273,9 +272,10 @@ def step(args) -> None:
     bare_seconds, loop_seconds = np.array(bare_seconds[2:]), np.array(loop_seconds[2:])  # the first two warm up
     ratios = loop_seconds / ((bare_seconds[:-1] + bare_seconds[1:]) / 2)
     low, median, high = np.percentile(ratios, [25, 50, 75])
-    rows = [[name, 1e3 * float(np.median(seconds[2:]))] for name, seconds in turns.items()]
-    rows[0] += ["1.000", "-"]
-    rows[1] += [f"{median:.3f}", f"{low:.3f} to {high:.3f}"]
+    rows = [
+        ["forward, backward, optimiser step", 1e3 * float(np.median(bare_seconds)), "1.000", "-"],
+        ["train_gpt2.py", 1e3 * float(np.median(loop_seconds)), f"{median:.3f}", f"{low:.3f} to {high:.3f}"],
+    ]
     print_table(["", "ms a step, median", "× the bare step, median", "half of the turns"], rows)
 
 
