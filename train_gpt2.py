@@ -83,7 +83,7 @@ class GPT2Config:
     block_size: int = flag(1024, "longest context in tokens", low=1)
     pad_vocab: bool = flag(True, "round the embedding table up to a multiple of 128 rows, where kernels are fastest")
     # How to compute the model, not which: these two may differ between runs
-    attention: str = flag("flash", "flash, or the textbook softmax", choices=("flash", "manual"))
+    attention: str = "flash"
     activation_checkpointing: bool = flag(False, "recompute blocks in the backward pass: less memory, more time")
 
     @property
@@ -109,6 +109,7 @@ class TrainConfig(GPT2Config):
     device: str | None = flag(None, "cpu, cuda, cuda:1, mps (auto: the fastest there is)")
     dtype: str | None = flag(None, "autocast precision (auto: the device's best)", choices=("bf16", "fp16", "fp32"))
     tf32: bool | None = flag(None, "TensorFloat-32 for what stays in float32 (auto: on CUDA)")
+    attention: str | None = flag(None, "flash, or the textbook's (auto: the faster)", choices=("flash", "manual"))
     compile: bool | None = flag(None, "torch.compile (auto: on CUDA, except the demo, which is over sooner)")
     fused_adamw: bool | None = flag(None, "one kernel for the whole optimiser step (auto: on CUDA and CPU)")
     val_every: int = flag(250, "steps between validations; 0: never", low=0)
@@ -169,9 +170,9 @@ class CausalSelfAttention(nn.Module):
         if self.config.attention == "flash":  # the same function, but (T, T) never reaches memory (arXiv:2205.14135)
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
         else:  # softmax(q kᵀ / √d) v over past and present (Vaswani et al., 2017, arXiv:1706.03762, §3.2.1)
-            scores = q @ k.transpose(-2, -1) / math.sqrt(C // heads)  # (B, heads, T, T)
             past = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
-            scores = scores.masked_fill(~(past if mask is None else mask), -torch.inf)
+            hide = torch.where(past if mask is None else mask, 0.0, -torch.inf).to(q.dtype)
+            scores = q / math.sqrt(C // heads) @ k.transpose(-2, -1) + hide  # (B, heads, T, T)
             y = F.softmax(scores, dim=-1) @ v  # e^-inf = 0
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -1009,9 +1010,12 @@ def resolve(cfg: TrainConfig) -> torch.device:
     """Fill in what was left to auto -> the device. Raises UserError where flags contradict each other."""
     device = choose_device(cfg.device)
     cuda, T, B = device.type == "cuda", cfg.sequence_length or cfg.block_size, cfg.micro_batch_size or 1
+    dtype = cfg.dtype or native_dtype(device)
+    short = device.type == "cpu" and dtype == "bf16" and T <= 512  # flash's many small products in bf16 are slow there
     auto = dict(
-        device=str(device), dtype=native_dtype(device), tf32=cuda, compile=cuda and cfg.model != "demo",
-        fused_adamw=device.type in ("cuda", "cpu"), sequence_length=T, min_lr=0.1 * cfg.max_lr,
+        device=str(device), dtype=dtype, attention="manual" if short else "flash", tf32=cuda,
+        compile=cuda and cfg.model != "demo", fused_adamw=device.type in ("cuda", "cpu"), sequence_length=T,
+        min_lr=0.1 * cfg.max_lr,
     )  # fmt: skip
     for name, value in auto.items():
         setattr(cfg, name, value if getattr(cfg, name) is None or name == "device" else getattr(cfg, name))
@@ -1318,6 +1322,7 @@ def parse_flags(argv: list[str] | None) -> TrainConfig:
         kind, choices = getattr(f.type, "__args__", [f.type])[0], f.metadata["choices"]  # int | None -> int
         auto = f.default is None and name not in ("generate", "export")
         how = dict(type=or_auto(kind) if auto else kind, choices=choices and (*choices, *[None] * auto))
+        how["metavar"] = choices and f"{{{','.join((*choices, *['auto'] * auto))}}}"
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else how
         default = "" if f.default is None else f" ({f.default})"
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f.metadata["help"] + default, **how)
@@ -1336,7 +1341,8 @@ def parse_flags(argv: list[str] | None) -> TrainConfig:
     brought = dict(MODELS[model], model=model, data=str(FINEWEB_DATA), log_dir="log")
     brought.update(dict(data=str(DEMO_DATA), log_dir="log_demo") if demo else {})
     if init_from != "scratch":
-        brought.update(read_pretrained(init_from)["config"])
+        config = read_pretrained(init_from)["config"]  # of which the way to compute it need not be today's
+        brought.update({name: config[name] for name in (*SIZES, "pad_vocab") if name in config})
     return TrainConfig(**{**brought, **given})
 
 
@@ -1347,7 +1353,7 @@ def use(cfg: TrainConfig) -> int:
     state = read_pretrained(cfg.init_from) if cfg.init_from != "scratch" else newest_checkpoint(Path(cfg.log_dir))
     if state is None:
         raise UserError(f"no checkpoint in {cfg.log_dir}; train first, or name one with --init_from or --log_dir")
-    model = GPT2(GPT2Config(**{**state["config"], "attention": cfg.attention}))
+    model = GPT2(GPT2Config(**{**state["config"], "attention": cfg.attention or "flash"}))
     load_weights(model, state, cfg.init_from)
     if cfg.export is not None:
         export(model, Path(cfg.export))

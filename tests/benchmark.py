@@ -70,6 +70,18 @@ def config_of(model: str, **changes):
     return train_gpt2.TrainConfig(**{**train_gpt2.MODELS[model], "vocab_size": vocab_size, "model": model, **changes})
 
 
+def trainers_config(args):
+    """The settings the trainer would choose here; the device they name, B and T."""
+    import train_gpt2
+
+    device = train_gpt2.choose_device(args.device)
+    name = args.model or ("gpt2" if device.type == "cuda" else "demo")
+    cfg = config_of(name, device=args.device, log_dir=tempfile.gettempdir())
+    B, T = args.micro_batch_size or (16 if device.type == "cuda" else max(1, 2048 // cfg.block_size)), cfg.block_size
+    cfg.micro_batch_size, cfg.total_batch_size = B, B * T * args.micro_steps
+    return cfg, train_gpt2.resolve(cfg), B, T
+
+
 def sizes_of(cfg) -> dict:
     import train_gpt2
 
@@ -143,25 +155,21 @@ def ladder(args) -> None:
 
     import train_gpt2
 
-    device = train_gpt2.choose_device(args.device)
-    cuda, cpu = device.type == "cuda", device.type == "cpu"
-    name = args.model or ("gpt2" if cuda else "demo")
-    compiles, best = train_gpt2.can_compile(device), train_gpt2.native_dtype(device)
-    cfg = config_of(name, device=str(device), tf32=cuda and torch.cuda.is_tf32_supported(), dtype=best, compile=True)
-    T, B, micro_steps = cfg.block_size, args.micro_batch_size, args.micro_steps
-    B = B or (16 if cuda else max(1, 2048 // T))
+    cfg, device, B, T = trainers_config(args)
+    cuda, cpu, micro_steps = device.type == "cuda", device.type == "cpu", args.micro_steps
+    compiles = train_gpt2.can_compile(device)
     padded = dataclasses.replace(cfg, pad_vocab=True).padded_vocab_size
-    nanogpt = dataclasses.replace(cfg, vocab_size=padded, fused_adamw=cuda)
+    nanogpt = dataclasses.replace(cfg, vocab_size=padded, fused_adamw=cuda, attention="flash", compile=True)
     climb = dataclasses.replace(
         cfg, attention="manual", pad_vocab=False, dtype="fp32", tf32=False, compile=False, fused_adamw=False
     )
     rungs = []  # (name, config, whether freed memory is kept, why the rung is left out)
     for rung, change, lacking in (
         ("float32, textbook", {}, None),
-        ("+ TF32", dict(tf32=True), None if cfg.tf32 else "no TF32 units"),
-        ("+ bf16 autocast", dict(dtype="bf16"), None if best == "bf16" else "no bf16 units"),
+        ("+ TF32", dict(tf32=True), None if cuda and torch.cuda.is_tf32_supported() else "no TF32 units"),
+        ("+ bf16 autocast", dict(dtype="bf16"), None if cfg.dtype == "bf16" else "no bf16 units"),
         ("+ torch.compile", dict(compile=True), None if compiles and (cuda or args.compile) else "not used here"),
-        ("+ flash attention", dict(attention="flash"), None),
+        ("+ flash attention", dict(attention="flash"), None if cfg.attention == "flash" else "slower here"),
         ("+ vocabulary padded", dict(pad_vocab=True), None if cfg.pad_vocab else "not used here"),
         ("+ fused AdamW", dict(fused_adamw=True), None if cuda or cpu else "no kernel"),
         (KEPT, {}, None if cpu and sys.platform == "linux" else "not used here"),
@@ -169,7 +177,7 @@ def ladder(args) -> None:
         climb = climb if lacking else dataclasses.replace(climb, **change)
         rungs.append((rung, climb, rung == KEPT, lacking))
     rungs.append(("build-nanogpt's step", nanogpt, False, None if compiles else "no compiler"))
-    print(f"{hardware(device)}: {name}, {B} × {T} tokens × {micro_steps} micro-steps, {args.rounds} rounds\n")
+    print(f"{hardware(device)}: {cfg.model}, {B} × {T} tokens × {micro_steps} micro-steps, {args.rounds} rounds\n")
     context, pipes = multiprocessing.get_context("spawn"), {}
     for rung, rung_cfg, keeps, lacking in rungs:
         if not lacking:
@@ -188,7 +196,7 @@ def ladder(args) -> None:
         pipe.send(0)
     with torch.device("meta"):
         flops = train_gpt2.GPT2(train_gpt2.GPT2Config(**sizes_of(cfg))).flops_per_token(T)
-    peak = train_gpt2.peak_flops(config_of(name, device=str(device), dtype="bf16", tf32=True))
+    peak = train_gpt2.peak_flops(dataclasses.replace(cfg, dtype="bf16"))
     rows, first, before = [], None, None
     for rung, _, _, lacking in rungs:
         if lacking:
@@ -220,20 +228,15 @@ def write_tokens(folder: Path, tokens: int, shards: int, vocab_size: int, encodi
     (folder / "manifest.json").write_text(json.dumps(dict(encoding=encoding, vocab_size=vocab_size)))
 
 
-def trainers_step(args, device, how_long: str):
-    """One step as `training_step` makes it, of the settings the trainer would choose here; their config, B and T."""
+def trainers_step(args, how_long: str):
+    """One step as `training_step` makes it, of the settings the trainer would choose here; their config, and device."""
     import train_gpt2
 
-    cuda, cpu = device.type == "cuda", device.type == "cpu"
-    name = args.model or ("gpt2" if cuda else "demo")
-    best = dict(dtype=train_gpt2.native_dtype(device), tf32=cuda, compile=cuda and name != "demo")
-    cfg = config_of(name, **best, fused_adamw=cuda or cpu)
-    T = cfg.block_size
-    B = args.micro_batch_size or (16 if cuda else max(1, 2048 // T))
-    print(f"{hardware(device)}: {name}, {B} × {T} tokens × {args.micro_steps} micro-steps, {how_long}\n")
-    if cpu:
+    cfg, device, B, T = trainers_config(args)
+    print(f"{hardware(device)}: {cfg.model}, {B} × {T} tokens × {args.micro_steps} micro-steps, {how_long}\n")
+    if device.type == "cpu":
         train_gpt2.keep_memory()
-    return training_step(cfg, device, B, T, args.micro_steps), cfg, B, T
+    return training_step(cfg, device, B, T, args.micro_steps), cfg, device
 
 
 def step(args) -> None:
@@ -243,8 +246,7 @@ def step(args) -> None:
     meanwhile hits both alike."""
     import train_gpt2
 
-    device = train_gpt2.choose_device(args.device)
-    bare, cfg, B, T = trainers_step(args, device, f"{args.rounds} turns of {args.steps} steps")
+    bare, cfg, device = trainers_step(args, f"{args.rounds} turns of {args.steps} steps")
     get_lr, began, bare_seconds, loop_seconds = train_gpt2.get_lr, None, [], []
 
     def take_turns(t, cfg):  # the loop asks for the rate at the start of each step
@@ -264,8 +266,8 @@ def step(args) -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as out:
         write_tokens(Path(folder), 10**6, 2, cfg.vocab_size, "bytes" if cfg.model == "demo" else "gpt2")
         flags = [f"--data={folder}", f"--log_dir={folder}/log", f"--model={cfg.model}", f"--device={device}"]
-        flags += [f"--max_steps={(args.rounds + 2) * args.steps + 1}", f"--total_batch_size={B * T * args.micro_steps}"]
-        flags += [f"--micro_batch_size={B}", "--compile" if cfg.compile else "--no-compile", *NOTHING_BUT_STEPS]
+        flags += [f"--max_steps={(args.rounds + 2) * args.steps + 1}", f"--total_batch_size={cfg.total_batch_size}"]
+        flags += [f"--micro_batch_size={cfg.micro_batch_size}", *NOTHING_BUT_STEPS]
         train_gpt2.get_lr = take_turns
         if train_gpt2.main(flags):
             raise SystemExit(out.getvalue())
@@ -283,9 +285,9 @@ def step(args) -> None:
 # profile: where the time of a step goes
 
 KINDS = (  # what a kernel's name, or on a CPU an operation's, says of its work; the first that fits counts
-    ("attention", "scaled_dot_product|flash|fmha|sdpa"),
-    ("optimiser and clipping", "adam|multi_tensor|foreach|vector_norm|lpnorm|optimizer"),
     ("loss", "log_softmax|nll_loss|cross_entropy"),
+    ("attention", "scaled_dot_product|flash|fmha|sdpa|::bmm|::_softmax"),
+    ("optimiser and clipping", "adam|multi_tensor|foreach|vector_norm|lpnorm|optimizer"),
     ("matrix products", r"gemm|nvjet|cutlass|cublas|splitk|::(add)?b?mm\b"),
     ("copies and fills", "memcpy|memset|::copy_|::cat|::fill_|::zero_|contiguous"),
     ("element-wise work and norms", "triton|elementwise|layer_norm|gelu|::add|::mul|::div|::sum|embedding|reduce"),
@@ -296,11 +298,8 @@ def profile(args) -> None:
     """Self time of every kernel (on a CPU of every operation) in a step of the trainer's settings, by kind."""
     import torch
 
-    import train_gpt2
-
-    device = train_gpt2.choose_device(args.device)
+    step, _, device = trainers_step(args, f"{args.steps} steps")
     cuda = device.type == "cuda"
-    step, *_ = trainers_step(args, device, f"{args.steps} steps")
     for _ in range(5):
         step()
     synchronize(device)
@@ -374,7 +373,9 @@ def computed_peak(name: str, B: int, checkpointing: bool) -> float:
     torch.nn.LayerNorm = Norm
     try:
         with FakeTensorMode(), tally:
-            cfg = config_of(name, dtype="bf16", fused_adamw=True, activation_checkpointing=checkpointing)
+            cfg = config_of(
+                name, attention="flash", dtype="bf16", fused_adamw=True, activation_checkpointing=checkpointing
+            )
             step = training_step(cfg, torch.device("cpu"), B, cfg.block_size, 1)
             step()  # from here on AdamW's moments are there
             tally.peak = tally.now

@@ -94,6 +94,22 @@ def test_vocabulary_is_padded_unless_told_not_to(here, capsys):
         assert f"vocabulary 257 in {rows} rows" in capsys.readouterr().out
 
 
+def test_attention_is_the_faster_one_unless_told_otherwise(here, capsys):
+    """On a CPU in bf16, the textbook's while sequences are short (tests/benchmark.py); how the weights a run begins
+    with were computed doesn't matter."""
+    write_shards(here / "data", (700, 3000, 1777))
+    for flags, expected in (
+        ("--dtype fp32", "flash"),
+        ("--dtype bf16", "manual"),
+        ("--dtype bf16 --attention flash", "flash"),
+        ("--dtype bf16 --block_size 600 --total_batch_size 600", "flash"),
+        ("--dtype bf16 --attention auto --checkpoint_every 1", "manual"),
+        ("--dtype fp32 --init_from manual/model_00001.pt", "flash"),
+    ):
+        assert main([*RUN, "--log_dir", expected, "--max_steps", "1", "--warmup_steps", "0", *flags.split()]) == 0
+        assert f", {expected} attention, " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("dtype, tolerance", [("bf16", 0.1), ("fp16", 0.02)])
 def test_half_precision_follows_float32(here, dtype, tolerance):
     assert main([*RUN, "--log_dir", "plain"]) == 0
