@@ -12,6 +12,7 @@ a batch, T tokens in a sequence, C channels, V tokens in the vocabulary.
 """
 
 import argparse
+import bisect
 import ctypes
 import functools
 import gc
@@ -408,11 +409,12 @@ class DataLoaderLite:
         self.seed, self.shuffle, self.vocab_size = seed, shuffle, vocab_size
         self.shards = [read_shard(path) for path in files]
         self.num_tokens = sum(map(len, self.shards))
-        self.first_window = np.cumsum([0] + [max(0, len(shard) - 1) // T for shard in self.shards])  # of each shard
-        self.num_windows = int(self.first_window[-1])
+        windows = [max(0, len(shard) - 1) // T for shard in self.shards]
+        *self.first_window, self.num_windows = itertools.accumulate(windows, initial=0)  # of each shard, of all
         if self.num_windows == 0:
             raise UserError(f"{files[0]}: {self.num_tokens} tokens are too few for a window of {T} + 1")
-        if self.num_tokens <= 2**27:  # few enough to check them all now; more are checked as they come
+        self.checked = self.num_tokens <= 2**27  # few enough to check them all now; more are checked as they come
+        if self.checked:
             for shard, path in zip(self.shards, files, strict=True):
                 self.check(shard, path)
         self.permutation = functools.lru_cache(maxsize=2)(self.permutation)  # a batch may straddle two epochs
@@ -431,14 +433,15 @@ class DataLoaderLite:
         """The T + 1 tokens of sample s, uint16."""
         epoch, k = divmod(s, self.num_windows)
         k = int(self.permutation(epoch)[k]) if self.shuffle else k
-        shard = int(np.searchsorted(self.first_window, k, side="right")) - 1
+        shard = bisect.bisect_right(self.first_window, k) - 1
         start = (k - self.first_window[shard]) * self.T
-        return self.check(self.shards[shard][start : start + self.T + 1], self.files[shard])
+        tokens = self.shards[shard][start : start + self.T + 1]
+        return tokens if self.checked else self.check(tokens, self.files[shard])
 
     def batch(self, i: int) -> torch.Tensor:
         """This rank's part of micro-batch i, int64 (2, B, T): inputs, and targets, which lie one token further on."""
         first = (i * self.world_size + self.rank) * self.B
-        tokens = torch.from_numpy(np.stack([self.window(first + b) for b in range(self.B)]).astype(np.int64))
+        tokens = torch.from_numpy(np.array([self.window(first + b) for b in range(self.B)], dtype=np.int64))
         return torch.stack((tokens[:, :-1], tokens[:, 1:]))
 
 
@@ -662,11 +665,12 @@ def save_checkpoint(log_dir: Path, state: dict, keep: int) -> None:
         raise ValueError(f"the weights after step {state['step'] - 1} are not finite; try a lower --max_lr")
     path, partial = log_dir / f"model_{state['step']:05d}.pt", log_dir / "model.tmp"
     try:
+        flush(log_dir / "log.txt")  # the log is complete up to each checkpoint, even after a power cut
         try:
             torch.save(state, partial)
         except RuntimeError as error:  # so torch puts it
             raise OSError(f"{path} can't be written whole; is the disk full?") from error
-        flush(log_dir / "log.txt", partial)  # the log is complete up to each checkpoint, even after a power cut
+        flush(partial)
         os.replace(partial, path)
         flush(log_dir)
     finally:
@@ -857,12 +861,14 @@ def open_log(log_dir: Path, start: int):
         kept = [line for line in lines if line.endswith("\n") and int(line.split()[0]) < start]
         path.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
         os.replace(path.with_suffix(".tmp"), path)
+        file = open(path, "ab", buffering=0)  # each step's lines are there to be followed at once
     except (OSError, ValueError, IndexError) as error:
         raise UserError(f"--log_dir {log_dir} can't hold the log of this run ({error}); choose another") from error
 
     def record(step, **streams):
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(f"{step} {name} {value:.8g}\n" for name, value in streams.items())
+        lines = "".join(f"{step} {name} {value:.8g}\n" for name, value in streams.items()).encode()
+        if file.write(lines) < len(lines):
+            raise OSError(f"{path} can't be written whole; is the disk full?")
 
     return record
 
@@ -1166,22 +1172,18 @@ def train(cfg: TrainConfig) -> int:
     if RANK == 0:
         lock = lock or lock_folder(log_dir)
         write_log = open_log(log_dir, start)
+    parameters = list(model.parameters())
     background, failures = ThreadPoolExecutor(max_workers=1), []
 
-    def in_background(write, *args, **options):
-        """Rank 0 writes files one after the other while training goes on: the log, then a checkpoint made after it."""
-
-        def attempt():
-            try:
-                write(*args, **options)
-            except Exception as error:
-                failures.append(str(error) or repr(error))
-
-        return background.submit(attempt)
+    def attempt(write, *args, **options):
+        try:
+            write(*args, **options)
+        except Exception as error:  # the next step's figures tell all ranks
+            failures.append(str(error) or repr(error))
 
     def record(step, **streams):
         if RANK == 0:
-            in_background(write_log, step, **streams)
+            attempt(write_log, step, **streams)
 
     def due(every, t):
         return every and (t % every == 0 or t == cfg.max_steps) and not stopping
@@ -1220,7 +1222,8 @@ def train(cfg: TrainConfig) -> int:
                 say(f"{of_all} | hellaswag acc {acc:.4f}, acc_norm {acc_norm:.4f}")
         # Once in a while, rank 0: the curves so far
         if RANK == 0 and due(cfg.val_every, t) and (drawn is None or drawn.done() or t == cfg.max_steps):
-            drawn = in_background(draw_curves, log_dir, (cfg.n_layer, cfg.n_embd), cfg.data == str(FINEWEB_DATA))
+            size, fineweb = (cfg.n_layer, cfg.n_embd), cfg.data == str(FINEWEB_DATA)
+            drawn = background.submit(draw_curves, log_dir, size, fineweb)
         # Once in a while, rank 0: samples
         if RANK == 0 and encoding and t > 0 and due(cfg.sample_every, t):
             with autocast:
@@ -1230,7 +1233,7 @@ def train(cfg: TrainConfig) -> int:
             if saved:
                 saved.result()
             state = checkpoint_state(t, model, optimizer, scaler, cfg, val_loss)
-            saved, state = in_background(save_checkpoint, log_dir, state, cfg.keep_checkpoints), None
+            saved, state = background.submit(attempt, save_checkpoint, log_dir, state, cfg.keep_checkpoints), None
         if t == cfg.max_steps or stopping:
             break
 
@@ -1252,7 +1255,7 @@ def train(cfg: TrainConfig) -> int:
             scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         # A batch of odd text can have a gradient many times the usual: cut its length, lest it throw the weights off
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

@@ -437,7 +437,7 @@ def test_torchrun_brings_killed_workers_back_and_they_end_like_untouched_ones(he
     "trouble, cause",
     [
         ('if RANK == 1: trap(train_gpt2.GPT2, "forward", 9, lambda: fail(ValueError("a bug")))', "ValueError: a bug"),
-        ('if RANK == 1: trap(train_gpt2.DataLoaderLite, "check", 30, lambda: fail(train_gpt2.UserError("bad data")))',
+        ('if RANK == 1: trap(train_gpt2.DataLoaderLite, "window", 30, lambda: fail(train_gpt2.UserError("bad data")))',
          "error: bad data"),
         ('if RANK == 0: trap(os, "replace", 2, lambda: fail(OSError(28, "No space left on device")))',
          "error: writing to log failed: [Errno 28] No space left on device; the newest checkpoint there stands"),
