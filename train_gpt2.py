@@ -40,6 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -83,7 +84,7 @@ class GPT2Config:
     n_embd: int = flag(768, "channels of the residual stream", low=1)
     block_size: int = flag(1024, "longest context in tokens", low=1)
     pad_vocab: bool = flag(True, "round the embedding table up to a multiple of 128 rows, where kernels are fastest")
-    # How to compute the model, not which: these two may differ between runs
+    # How to compute the model, not which: these two may change when a run goes on
     attention: str = "flash"
     activation_checkpointing: bool = flag(False, "recompute blocks in the backward pass: less memory, more time")
 
@@ -150,6 +151,9 @@ def say(message: str) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model. Parameter names are those of OpenAI's checkpoint, so that weights travel.
+
+# cuDNN's flash attention, first choice on new GPUs, makes a plan for each shape it meets: not where shapes are many
+ANY_SHAPE = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 class CausalSelfAttention(nn.Module):
@@ -260,7 +264,8 @@ class GPT2(nn.Module):
     def hidden(self, idx, pos=None, mask=None, cache=None):
         """Token ids (B, T), T at most the block size -> final hidden states (B, T, C). Not for training: `pos`, (T) or
         (B, T), positions other than 0 … T-1; `mask` (B, 1, T, T), true where token i may look at token j, in place of
-        the causal one; `cache`, a dict with the keys and values of earlier tokens, to which those of idx are added."""
+        the causal one; `cache`, a dict with the keys and values of earlier tokens, to which those of idx are added (one
+        token at a time, once it holds any)."""
         pos = torch.arange(idx.size(1), device=idx.device) if pos is None else pos
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)
         for block in self.transformer.h:
@@ -271,39 +276,39 @@ class GPT2(nn.Module):
         return self.transformer.ln_f(x)
 
     def logits(self, x):
-        """Final hidden states (..., C) -> logits (..., V). The padding of the vocabulary ends here."""
-        return self.lm_head(x)[..., : self.config.vocab_size]
+        """Final hidden states (..., C) -> logits (..., V), and -inf for the vocabulary's padding, from which softmax
+        makes 0: cut off, it would leave the loss rows of an odd length, over which GPUs are slow."""
+        rows = torch.arange(self.config.padded_vocab_size, device=x.device)
+        hide = torch.where(rows < self.config.vocab_size, 0.0, -torch.inf).to(x.dtype) if self.config.pad_vocab else None
+        return F.linear(x, self.lm_head.weight, hide)
 
     def forward(self, idx, targets=None):
         """Token ids (B, T) -> logits (B, T, V), and the mean cross-entropy in nats a token of targets (B, T), or None
         without targets. Targets of -100 do not count."""
         logits = self.logits(self.hidden(idx))
-        if targets is None:
-            return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return logits.detach(), loss  # else a compiled backward pass would carry (B, T, V) zeros for the logits
+        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        logits = logits[..., : self.config.vocab_size]
+        # With a loss, they are detached: else a compiled backward pass would carry (B, T, V) zeros for them
+        return (logits, None) if loss is None else (logits.detach(), loss)
 
+    @ANY_SHAPE
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
         """Continue each row of idx (B, T) -> (B, T + max_new_tokens). Temperature 0 is greedy, `top_k` leaves out all
         but the k likeliest (Fan et al., 2018, arXiv:1805.04833); past the block size the context slides. A generator of
         its own keeps sampling from disturbing other random numbers."""
-        cache, seen = {}, 0  # what a token offers to later ones does not change: it is computed once
+        cache, seen = {}, 0  # the keys and values of earlier tokens do not change: they are computed once
         for _ in range(max_new_tokens):
             if idx.size(1) <= self.config.block_size:
                 x = self.hidden(idx[:, seen:], torch.arange(seen, idx.size(1), device=idx.device), cache=cache)
                 seen = idx.size(1)
-            else:  # but here each token's position changes with each step
+            else:  # but here all positions shift with each step, and they with them
                 x = self.hidden(idx[:, -self.config.block_size :])
             logits = self.logits(x[:, -1]).float()  # (B, V)
-            if temperature < 1e-6:  # dividing by it would overflow, and change nothing
-                next_token = logits.argmax(dim=-1, keepdim=True)
-            else:
-                k = min(top_k or logits.size(-1), logits.size(-1))
-                values, tokens = logits.topk(k)
-                draw = torch.multinomial(F.softmax(values / temperature, dim=-1), 1, generator=generator)
-                next_token = tokens.gather(1, draw)
-            idx = torch.cat((idx, next_token), dim=1)
+            k = 1 if temperature < 1e-6 else min(top_k or logits.size(-1), logits.size(-1))
+            values, tokens = logits.topk(k)
+            draw = torch.multinomial(F.softmax(values / max(temperature, 1e-6), dim=-1), 1, generator=generator)
+            idx = torch.cat((idx, tokens.gather(1, draw)), dim=1)
         return idx
 
     def configure_optimizers(self, weight_decay: float, learning_rate: float, fused: bool = False):
@@ -365,10 +370,12 @@ def data_encoding(folder: Path) -> str:
     """The name of a folder's encoding: its manifest.json says; without one, shards are GPT-2 tokens."""
     manifest = folder / "manifest.json"
     try:
-        if not os.path.lexists(manifest):  # a link to nowhere is no answer
+        if not os.path.lexists(manifest):  # a broken link counts as there
             return "bytes" if folder == DEMO_DATA else "gpt2"
         encoding = json.loads(manifest.read_text(encoding="utf-8"))["encoding"]
-        return next(name for name in ENCODINGS if name == encoding)
+        if encoding not in ENCODINGS:
+            raise ValueError(f"unknown encoding {encoding!r}")
+        return encoding
     except Exception as error:
         raise UserError(f"{manifest} is no manifest of token shards ({error!r}); make the data again") from error
 
@@ -540,6 +547,7 @@ def read_hellaswag(path: Path, vocab_size: int = 50257) -> list[tuple[np.ndarray
     return examples
 
 
+@ANY_SHAPE
 @torch.no_grad()
 def hellaswag_scores(model: GPT2, examples, device: torch.device, progress=iter, batch_tokens: int | None = None):
     """Log-likelihood in nats of each ending after its context: its sum and its mean over the ending's tokens, two
@@ -574,7 +582,7 @@ def hellaswag_scores(model: GPT2, examples, device: torch.device, progress=iter,
         n = np.array([[len(ending) for ending in cut[i][1]] for i in batch])
         total = np.add.reduceat(losses.cpu().double().numpy(), n.cumsum() - n.ravel()).reshape(-1, 4)
         sums[batch], means[batch] = -torch.from_numpy(total), -torch.from_numpy(total / n)
-    # An ending that stands there twice is a tie, which rounding would break: it depends on the place in the row
+    # Equal endings must tie, but rounding differs with the place in the row: all get the score of the first
     tokens = [[ending.tobytes() for ending in endings] for _, endings, _ in examples]
     first = torch.tensor([[row.index(ending) for ending in row] for row in tokens], dtype=torch.int64).view(sums.shape)
     return sums.gather(1, first), means.gather(1, first)
@@ -586,8 +594,7 @@ def evaluate_hellaswag(model: GPT2, examples, device: torch.device, progress=ite
     mine = examples[RANK::WORLD_SIZE]
     labels = torch.tensor([label for _, _, label in mine])
     hits = [(scores.argmax(dim=1) == labels).sum().item() for scores in hellaswag_scores(model, mine, device, progress)]
-    acc, acc_norm = [total / len(examples) for total in sum_over_ranks(hits, device)]
-    return acc, acc_norm
+    return tuple(total / len(examples) for total in sum_over_ranks(hits, device))
 
 
 def encode_prompt(encoding, prompt: str, block_size: int) -> list[int]:
@@ -666,17 +673,16 @@ def save_checkpoint(log_dir: Path, state: dict, keep: int) -> None:
     path, partial = log_dir / f"model_{state['step']:05d}.pt", log_dir / "model.tmp"
     try:
         flush(log_dir / "log.txt")  # the log is complete up to each checkpoint, even after a power cut
-        try:
-            torch.save(state, partial)
-        except RuntimeError as error:  # so torch puts it
-            raise OSError(f"{path} can't be written whole; is the disk full?") from error
+        torch.save(state, partial)
         flush(partial)
         os.replace(partial, path)
         flush(log_dir)
+    except RuntimeError as error:  # so torch.save puts it
+        raise OSError(f"{path} can't be written whole; is the disk full?") from error
     finally:
         partial.unlink(missing_ok=True)
     paths = checkpoint_paths(log_dir)
-    for old in paths[: max(0, paths.index(path) + 1 - keep)] if keep else ():
+    for old in paths[: paths.index(path) + 1][:-keep] if keep else ():
         old.unlink()
 
 
@@ -713,21 +719,18 @@ SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 def check_weights(config: dict, weights: dict) -> None:
     """Raises ValueError unless these are the weights of a GPT-2 of this config, however large it says that is."""
-    V, count = config["vocab_size"], len(weights.keys() - {"lm_head.weight"})  # the twin of wte.weight, which counts
+    n, count = config["n_layer"], len(weights.keys() - {"lm_head.weight"})  # the twin of wte.weight, which counts
     if not all(type(config[size]) is int and config[size] > 0 for size in SIZES) or config["n_embd"] % config["n_head"]:
         raise ValueError(f"no model has these sizes: {config}")
-    with torch.device("meta"):  # shapes without memory; of one block, since all are alike
-        model = GPT2(GPT2Config(**{**config, "n_layer": 1}))
-    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    if count < 12 * n + 4:
+        raise ValueError(f"{count} weights are not all of a GPT-2 of {n} layers")
+    with torch.device("meta"):  # shapes without memory; the vocabulary may be padded or not
+        padded, plain = [GPT2(GPT2Config(**{**config, "pad_vocab": pad})).state_dict() for pad in (True, False)]
     for name, value in weights.items():
-        layer = re.match(r"transformer\.h\.(\d+)", name)
-        expected = shapes.get(name if layer is None else name.replace(layer[0], "transformer.h.0", 1))
-        if expected is None or (layer and int(layer[1]) >= config["n_layer"]):
-            raise ValueError(f"{name} is no weight of a GPT-2 of {config['n_layer']} layers")
-        if tuple(value.shape) not in (expected, (V, *expected[1:]) if "wte" in name else expected):
-            raise ValueError(f"{name} has the shape {tuple(value.shape)}, not {expected}")
-    if count != 12 * config["n_layer"] + 4:
-        raise ValueError(f"{count} weights are not all of a GPT-2 of {config['n_layer']} layers")
+        if name not in plain:
+            raise ValueError(f"{name} is no weight of a GPT-2 of {n} layers")
+        if value.shape not in (padded[name].shape, plain[name].shape):
+            raise ValueError(f"{name} has the shape {tuple(value.shape)}, not {tuple(plain[name].shape)}")
 
 
 def load_weights(model: GPT2, state: dict, where: str) -> None:
@@ -774,8 +777,8 @@ def read_pretrained(what: str) -> dict:
         folder, path, model = path, path / "config.json", {}
         hf = json.loads(path.read_text(encoding="utf-8"))
         config = {size: hf["n_positions" if size == "block_size" else size] for size in SIZES}
-        for _, vocab_size in ENCODINGS.values():  # someone else's padding
-            if vocab_size < config["vocab_size"] <= GPT2Config(vocab_size).padded_vocab_size:
+        for _, vocab_size in ENCODINGS.values():
+            if config["vocab_size"] == GPT2Config(vocab_size).padded_vocab_size:  # someone else's padding
                 config["vocab_size"] = vocab_size
         if differ := [f"{key} {hf[key]}" for key, value in PUBLISHED.items() if hf.get(key, value) != value]:
             raise ValueError(f"another model than GPT-2: {', '.join(differ)}")
@@ -786,7 +789,7 @@ def read_pretrained(what: str) -> dict:
                     model[name] = value.t() if name.endswith(TRANSPOSED) else value
         check_weights(config, model)
     except Exception as error:  # a damaged or foreign file fails in any layer
-        raise UserError(f"{path} can't be read as a GPT-2's ({error or type(error).__name__}); get it again") from error
+        raise UserError(f"{path} can't be read as a GPT-2's ({error!r:.200}); get it again") from error
     return dict(config=config, model=model)
 
 
@@ -827,13 +830,13 @@ def resume(cfg: TrainConfig, model: GPT2, optimizer, scaler, device: torch.devic
     without one. Raises UserError for another model's, or when the nodes do not see the same."""
     state = newest_checkpoint(Path(cfg.log_dir))
     start = state["step"] if state else 0
-    if sum_over_ranks([start**2], device)[0] != start**2 * WORLD_SIZE:
+    if sum_over_ranks([start], device)[0] != start * WORLD_SIZE:
         raise UserError(f"the nodes see different checkpoints in {cfg.log_dir}; put it where all of them see the same")
     if not state:
         return 0, None
     if start > cfg.max_steps:
         raise UserError(f"{cfg.log_dir} is {start} steps on, past --max_steps {cfg.max_steps}; choose more, or another")
-    if (padded := state["config"]["pad_vocab"]) != cfg.pad_vocab:
+    if (padded := state["config"].get("pad_vocab", cfg.pad_vocab)) != cfg.pad_vocab:
         raise UserError(f"{cfg.log_dir} holds a run with pad_vocab {padded}; use --{'' if padded else 'no-'}pad_vocab")
     load_weights(model, state, cfg.log_dir)
     settings = optimizer.state_dict()["param_groups"]  # the moments are the run's, rate and decay today's flags
@@ -846,7 +849,7 @@ def resume(cfg: TrainConfig, model: GPT2, optimizer, scaler, device: torch.devic
     except Exception as error:
         raise UserError(f"the checkpoint in {cfg.log_dir} holds no run to go on with ({error!r:.100})") from error
     say(f"resuming {cfg.log_dir} after {start:,} steps")
-    return start, state["val_loss"]
+    return start, state.get("val_loss")
 
 
 def open_log(log_dir: Path, start: int):
@@ -873,15 +876,6 @@ def open_log(log_dir: Path, start: int):
     return record
 
 
-def read_log(path: Path) -> dict[str, np.ndarray]:
-    """log.txt, ours or build-nanogpt's, `step stream value` a line -> {stream: steps and values, (2, n)}."""
-    streams = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        step, stream, value = line.split()
-        streams.setdefault(stream, []).append((int(step), float(value)))
-    return {stream: np.array(points).T for stream, points in streams.items()}
-
-
 REFERENCES = {  # layers, width: HellaSwag acc_norm of OpenAI's GPT-2 and of GPT-3 of that size; loss on FineWeb-Edu
     (12, 768): (0.2945, 0.337, 3.2924), (24, 1024): (0.3752, 0.436, None), (36, 1280): (0.4320, 0.510, None),
     (48, 1600): (0.4889, 0.547, None),
@@ -897,7 +891,11 @@ def draw_curves(log_dir: Path, size: tuple[int, int] = (12, 768), fineweb: bool 
     try:
         from matplotlib.figure import Figure  # not pyplot, which is for the main thread only
 
-        log = read_log(log_dir / "log.txt")
+        log = {}
+        for line in (log_dir / "log.txt").read_text(encoding="utf-8").splitlines():  # ours, or build-nanogpt's
+            step, stream, value = line.split()
+            log.setdefault(stream, []).append((int(step), float(value)))
+        log = {stream: np.array(points).T for stream, points in log.items()}  # steps and values, (2, n)
         panels = [name for name in labels if name in log or (name == "loss" and log.keys() & {"train", "val"})]
         rows = -(-len(panels) // 2)
         figure = Figure(figsize=(12, 4 * rows), layout="constrained")
@@ -1018,13 +1016,15 @@ def resolve(cfg: TrainConfig) -> torch.device:
     cuda, T, B = device.type == "cuda", cfg.sequence_length or cfg.block_size, cfg.micro_batch_size or 1
     dtype = cfg.dtype or native_dtype(device)
     short = device.type == "cpu" and dtype == "bf16" and T <= 512  # flash's many small products in bf16 are slow there
+    cfg.device = str(device)
     auto = dict(
-        device=str(device), dtype=dtype, attention="manual" if short else "flash", tf32=cuda,
+        dtype=dtype, attention="manual" if short else "flash", tf32=cuda,
         compile=cuda and cfg.model != "demo", fused_adamw=device.type in ("cuda", "cpu"), sequence_length=T,
         min_lr=0.1 * cfg.max_lr,
     )  # fmt: skip
     for name, value in auto.items():
-        setattr(cfg, name, value if getattr(cfg, name) is None or name == "device" else getattr(cfg, name))
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, value)
     params = cfg.n_embd * (12 * cfg.n_layer * cfg.n_embd + cfg.block_size)  # nearly
     room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**40
     folder = next(path for path in (Path(cfg.log_dir) / "x").absolute().parents if path.exists())
@@ -1088,6 +1088,7 @@ def fit_micro_batch(cfg: TrainConfig, model: GPT2, optimizer, forward, autocast,
         say(f"out of memory with micro-batches of {B} sequences; trying half of that")
         B //= 2
         if device.type != "cpu":
+            gc.collect()  # what failed may hang on to memory by its traceback
             getattr(torch, device.type).empty_cache()
     raise UserError(f"{device} has no room for one sequence of {T} tokens; see --activation_checkpointing and --model")
 
@@ -1136,7 +1137,7 @@ def train(cfg: TrainConfig) -> int:
         else:
             encode_prompt(encoding, cfg.prompt, cfg.block_size)  # now is the time to find out that it is too long
     if cfg.hellaswag_every and encoding_name == "gpt2":
-        if HELLASWAG_FILE.exists():
+        if sum_over_ranks([HELLASWAG_FILE.exists()], device)[0] == WORLD_SIZE:  # nodes may have disks of their own
             examples = read_hellaswag(HELLASWAG_FILE)
         else:
             say(f"no HellaSwag: {HELLASWAG_FILE} is not there; python hellaswag.py makes it")
@@ -1237,7 +1238,7 @@ def train(cfg: TrainConfig) -> int:
         if t == cfg.max_steps or stopping:
             break
 
-        # One step, from tokens to new weights. Nothing in it waits for a GPU, which so has always work to go on with
+        # One step, from tokens to new weights. Nothing in it waits for a GPU, which so always has work queued
         if not unread:
             t0 = time.perf_counter()
         lr = get_lr(t, cfg)
@@ -1263,12 +1264,18 @@ def train(cfg: TrainConfig) -> int:
         figures = torch.stack((total_loss, norm, *events)) / WORLD_SIZE
         if WORLD_SIZE > 1:
             dist.all_reduce(figures)
-        unread.append((t, lr, figures))
+        copied = None
+        if device.type == "cuda":  # begun now, since a copy waits for all that was asked for before it
+            figures, copied = figures.to("cpu", non_blocking=True), torch.cuda.Event()
+            copied.record()
+        unread.append((t, lr, figures, copied))
 
-        # What came of the step before, and of this one if it is to be built upon now or has been computed anyway
+        # The figures of the step before, and of this one on a CPU, which has them, or ahead of what is built upon it
         now = device.type == "cpu" or t + 1 == cfg.max_steps or any(due(n, t + 1) for n in once_in_a_while)
         while len(unread) > 1 or (unread and (now or stopping)):
-            step, lr, figures = unread.popleft()
+            step, lr, figures, copied = unread.popleft()
+            if copied:
+                copied.synchronize()
             loss, norm, signals, failed = figures.tolist()
             stopping = signals > 0 or failed > 0
             if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.get_scale() > 1):  # 1: no scaling is left
@@ -1324,9 +1331,11 @@ def parse_flags(argv: list[str] | None) -> TrainConfig:
     for name, f in flags.items():
         kind, choices = getattr(f.type, "__args__", [f.type])[0], f.metadata["choices"]  # int | None -> int
         auto = f.default is None and name not in ("generate", "export")
-        how = dict(type=or_auto(kind) if auto else kind, choices=choices and (*choices, *[None] * auto))
-        how["metavar"] = choices and f"{{{','.join((*choices, *['auto'] * auto))}}}"
-        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else how
+        how = dict(type=or_auto(kind) if auto else kind)
+        if choices:
+            how.update(choices=(*choices, None), metavar=f"{{{','.join(choices)},auto}}")
+        if kind is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
         default = "" if f.default is None else f" ({f.default})"
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f.metadata["help"] + default, **how)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}

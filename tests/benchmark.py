@@ -12,6 +12,7 @@ python tests/benchmark.py hellaswag                   # scoring endings, against
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import io
 import json
@@ -76,7 +77,7 @@ def trainers_config(args):
 
     device = train_gpt2.choose_device(args.device)
     name = args.model or ("gpt2" if device.type == "cuda" else "demo")
-    cfg = config_of(name, device=args.device, log_dir=tempfile.gettempdir())
+    cfg = config_of(name, device=args.device, dtype=args.dtype, log_dir=tempfile.gettempdir())
     B, T = args.micro_batch_size or (16 if device.type == "cuda" else max(1, 2048 // cfg.block_size)), cfg.block_size
     cfg.micro_batch_size, cfg.total_batch_size = B, B * T * args.micro_steps
     return cfg, train_gpt2.resolve(cfg), B, T
@@ -143,8 +144,10 @@ def stand_on_rung(pipe, cfg, keeps: bool, B: int, micro_steps: int) -> None:
             step()
         synchronize(device)
         seconds, peak = time.perf_counter() - start, torch.cuda.max_memory_allocated() if cuda else None
-        if cuda:
-            torch.cuda.empty_cache()  # for the next one, which begins when this one has reported
+        if cuda:  # for the next one, which begins when this one has reported
+            torch.cuda.empty_cache()
+        elif keeps:
+            ctypes.CDLL(None).malloc_trim(0)
         pipe.send((seconds, peak))
 
 
@@ -163,19 +166,20 @@ def ladder(args) -> None:
     climb = dataclasses.replace(
         cfg, attention="manual", pad_vocab=False, dtype="fp32", tf32=False, compile=False, fused_adamw=False
     )
-    rungs = []  # (name, config, whether freed memory is kept, why the rung is left out)
+    rungs, keeps = [], False  # (name, config, whether freed memory is kept, why the rung is left out)
     for rung, change, lacking in (
         ("float32, textbook", {}, None),
+        (KEPT, {}, None if cpu and sys.platform == "linux" else "not used here"),
         ("+ TF32", dict(tf32=True), None if cuda and torch.cuda.is_tf32_supported() else "no TF32 units"),
-        ("+ bf16 autocast", dict(dtype="bf16"), None if cfg.dtype == "bf16" else "no bf16 units"),
+        ("+ bf16 autocast", dict(dtype="bf16"), None if cfg.dtype == "bf16" else "not used here"),
         ("+ torch.compile", dict(compile=True), None if compiles and (cuda or args.compile) else "not used here"),
         ("+ flash attention", dict(attention="flash"), None if cfg.attention == "flash" else "slower here"),
         ("+ vocabulary padded", dict(pad_vocab=True), None if cfg.pad_vocab else "not used here"),
         ("+ fused AdamW", dict(fused_adamw=True), None if cuda or cpu else "no kernel"),
-        (KEPT, {}, None if cpu and sys.platform == "linux" else "not used here"),
     ):
         climb = climb if lacking else dataclasses.replace(climb, **change)
-        rungs.append((rung, climb, rung == KEPT, lacking))
+        keeps = keeps or (rung == KEPT and not lacking)
+        rungs.append((rung, climb, keeps, lacking))
     rungs.append(("build-nanogpt's step", nanogpt, False, None if compiles else "no compiler"))
     print(f"{hardware(device)}: {cfg.model}, {B} × {T} tokens × {micro_steps} micro-steps, {args.rounds} rounds\n")
     context, pipes = multiprocessing.get_context("spawn"), {}
@@ -267,7 +271,7 @@ def step(args) -> None:
         write_tokens(Path(folder), 10**6, 2, cfg.vocab_size, "bytes" if cfg.model == "demo" else "gpt2")
         flags = [f"--data={folder}", f"--log_dir={folder}/log", f"--model={cfg.model}", f"--device={device}"]
         flags += [f"--max_steps={(args.rounds + 2) * args.steps + 1}", f"--total_batch_size={cfg.total_batch_size}"]
-        flags += [f"--micro_batch_size={cfg.micro_batch_size}", *NOTHING_BUT_STEPS]
+        flags += [f"--micro_batch_size={cfg.micro_batch_size}", f"--dtype={cfg.dtype}", *NOTHING_BUT_STEPS]
         train_gpt2.get_lr = take_turns
         if train_gpt2.main(flags):
             raise SystemExit(out.getvalue())
@@ -319,8 +323,9 @@ def profile(args) -> None:
     print(f"{1e3 * alone:.1f} ms a step without the profiler, {1e3 * profiled:.1f} with it\n")
     seconds, rest = dict.fromkeys([kind for kind, _ in KINDS], 0.0), 0.0
     for event in record.key_averages():
-        if cuda and event.device_type != torch.autograd.DeviceType.CUDA:
-            continue  # an operation that launched kernels, which stand for themselves
+        named = getattr(event, "is_user_annotation", False)
+        if cuda and (event.device_type != torch.autograd.DeviceType.CUDA or named):
+            continue  # an operation, or a named range, that launched kernels, which stand for themselves
         time_of = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6 / args.steps
         kind = next((kind for kind, names in KINDS if re.search(names, event.key, re.IGNORECASE)), None)
         if kind:
@@ -733,6 +738,7 @@ def main() -> None:
     ):
         command = commands.add_parser(name, help=help)
         command.add_argument("--device", help="cpu, cuda, mps (the fastest there is)")
+        command.add_argument("--dtype", choices=("bf16", "fp32"), help="the trainer's (the device's best)")
         command.add_argument("--model", help="named size (gpt2 on CUDA, else demo)")
         command.add_argument("--micro_batch_size", type=int, help="sequences (16 on CUDA, else 2,048 tokens)")
         command.add_argument("--micro_steps", type=int, default=1, help="of a step (%(default)s)")

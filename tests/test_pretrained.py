@@ -91,6 +91,15 @@ def test_openai_s_names_masks_and_half_precision_are_read(tmp_path):
     assert_same(GPT2.from_pretrained(str(tmp_path)), theirs.float(), 257)
 
 
+@pytest.mark.parametrize("vocab_size", [257, 300, 50258])
+def test_a_folder_may_hold_the_head_too_and_any_vocabulary(tmp_path, vocab_size):
+    """As other programs write it: the tied matrix twice, and, say, one token more than GPT-2 has, for padding texts."""
+    theirs = reference(vocab_size)
+    theirs.config.save_pretrained(tmp_path)
+    save_file({name: p.clone() for name, p in theirs.state_dict().items()}, tmp_path / "model.safetensors")
+    assert_same(GPT2.from_pretrained(str(tmp_path)), theirs, vocab_size)
+
+
 def test_someone_else_s_padding_of_the_vocabulary_is_cut_off(tmp_path):
     theirs = reference(50304)
     theirs.save_pretrained(tmp_path / "hf")

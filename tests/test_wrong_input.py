@@ -358,6 +358,9 @@ class TestCheckpoints:
         for rest in dict(optimizer={}), dict(optimizer=dict(state={0: 1}, param_groups=3)), dict(optimizer=7):
             torch.save({**state, **rest}, saved)
             assert_one_error(here, capsys, self.RUN, "holds no run to go on with")
+        config = {name: value for name, value in state["config"].items() if name != "pad_vocab"}
+        torch.save(dict(format=1, step=state["step"], config=config, model=state["model"]), saved)  # weights, no run
+        assert_one_error(here, capsys, self.RUN, "holds no run to go on with")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may do anything")
