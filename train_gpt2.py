@@ -278,8 +278,8 @@ class GPT2(nn.Module):
     def logits(self, x):
         """Final hidden states (..., C) -> logits (..., V), and -inf for the vocabulary's padding, from which softmax
         makes 0: cut off, it would leave the loss rows of an odd length, over which GPUs are slow."""
-        rows = torch.arange(self.config.padded_vocab_size, device=x.device)
-        hide = torch.where(rows < self.config.vocab_size, 0.0, -torch.inf).to(x.dtype) if self.config.pad_vocab else None
+        V, rows = self.config.vocab_size, torch.arange(self.config.padded_vocab_size, device=x.device)
+        hide = torch.where(rows < V, 0.0, -torch.inf).to(x.dtype) if self.config.pad_vocab else None
         return F.linear(x, self.lm_head.weight, hide)
 
     def forward(self, idx, targets=None):
