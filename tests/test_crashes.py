@@ -337,7 +337,7 @@ def test_full_disk_and_lost_folder_are_one_line_and_the_last_good_checkpoint_sta
 def test_second_run_in_the_same_log_folder_refuses_and_a_killed_one_leaves_no_lock():
     run = [*RUN, "--log_dir=log", "--checkpoint_every=5"]
     first = Run(*run, prepare=lambda: trap(GPT2, "forward", 15, lambda *_: time.sleep(3000)))
-    while not Path("log/log.txt").exists() or "12 tps" not in Path("log/log.txt").read_text():
+    while not Path("log/model_00010.pt").exists() or "12 tps" not in Path("log/log.txt").read_text():
         time.sleep(0.1)
     before = {path: path.read_bytes() for path in Path("log").iterdir()}
     assert_one_error(assert_runs(*run, code=2), "another run is writing to --log_dir log")
