@@ -285,11 +285,13 @@ class GPT2(nn.Module):
     def forward(self, idx, targets=None):
         """Token ids (B, T) -> logits (B, T, V), and the mean cross-entropy in nats a token of targets (B, T), or None
         without targets. Targets of -100 do not count."""
-        logits = self.logits(self.hidden(idx))
-        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        logits = logits[..., : self.config.vocab_size]
-        # With a loss, they are detached: else a compiled backward pass would carry (B, T, V) zeros for them
-        return (logits, None) if loss is None else (logits.detach(), loss)
+        V, logits = self.config.vocab_size, self.logits(self.hidden(idx))
+        if targets is None:
+            return logits[..., :V], None
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits[
+            ..., :V
+        ].detach(), loss  # else a compiled backward pass would carry (B, T, V) zeros for the logits
 
     @ANY_SHAPE
     @torch.no_grad()
@@ -836,11 +838,10 @@ def resume(cfg: TrainConfig, model: GPT2, optimizer, scaler, device: torch.devic
         return 0, None
     if start > cfg.max_steps:
         raise UserError(f"{cfg.log_dir} is {start} steps on, past --max_steps {cfg.max_steps}; choose more, or another")
-    if (padded := state["config"].get("pad_vocab", cfg.pad_vocab)) != cfg.pad_vocab:
-        raise UserError(f"{cfg.log_dir} holds a run with pad_vocab {padded}; use --{'' if padded else 'no-'}pad_vocab")
     load_weights(model, state, cfg.log_dir)
     settings = optimizer.state_dict()["param_groups"]  # the moments are the run's, rate and decay today's flags
     try:
+        padded, val_loss = state["config"]["pad_vocab"], state["val_loss"]
         optimizer.load_state_dict(dict(state=state["optimizer"]["state"], param_groups=settings))
         if state["scaler"]:  # empty but for runs in fp16
             scaler.load_state_dict(state["scaler"])
@@ -848,8 +849,10 @@ def resume(cfg: TrainConfig, model: GPT2, optimizer, scaler, device: torch.devic
             cfg.micro_batch_size = cfg.micro_batch_size or state["train_config"]["micro_batch_size"]
     except Exception as error:
         raise UserError(f"the checkpoint in {cfg.log_dir} holds no run to go on with ({error!r:.100})") from error
+    if padded != cfg.pad_vocab:
+        raise UserError(f"{cfg.log_dir} holds a run with pad_vocab {padded}; use --{'' if padded else 'no-'}pad_vocab")
     say(f"resuming {cfg.log_dir} after {start:,} steps")
-    return start, state.get("val_loss")
+    return start, val_loss
 
 
 def open_log(log_dir: Path, start: int):

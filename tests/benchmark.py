@@ -72,15 +72,17 @@ def config_of(model: str, **changes):
 
 
 def trainers_config(args):
-    """The settings the trainer would choose here; the device they name, B and T."""
+    """The settings the trainer would choose here, and the device they name."""
     import train_gpt2
 
     device = train_gpt2.choose_device(args.device)
     name = args.model or ("gpt2" if device.type == "cuda" else "demo")
     cfg = config_of(name, device=args.device, dtype=args.dtype, log_dir=tempfile.gettempdir())
-    B, T = args.micro_batch_size or (16 if device.type == "cuda" else max(1, 2048 // cfg.block_size)), cfg.block_size
-    cfg.micro_batch_size, cfg.total_batch_size = B, B * T * args.micro_steps
-    return cfg, train_gpt2.resolve(cfg), B, T
+    B = cfg.micro_batch_size = args.micro_batch_size or (
+        16 if device.type == "cuda" else max(1, 2048 // cfg.block_size)
+    )
+    cfg.total_batch_size = B * cfg.block_size * args.micro_steps
+    return cfg, train_gpt2.resolve(cfg)
 
 
 def sizes_of(cfg) -> dict:
@@ -158,8 +160,9 @@ def ladder(args) -> None:
 
     import train_gpt2
 
-    cfg, device, B, T = trainers_config(args)
-    cuda, cpu, micro_steps = device.type == "cuda", device.type == "cpu", args.micro_steps
+    cfg, device = trainers_config(args)
+    cuda, cpu = device.type == "cuda", device.type == "cpu"
+    B, T, micro_steps = cfg.micro_batch_size, cfg.sequence_length, args.micro_steps
     compiles = train_gpt2.can_compile(device)
     padded = dataclasses.replace(cfg, pad_vocab=True).padded_vocab_size
     nanogpt = dataclasses.replace(cfg, vocab_size=padded, fused_adamw=cuda, attention="flash", compile=True)
@@ -236,7 +239,8 @@ def trainers_step(args, how_long: str):
     """One step as `training_step` makes it, of the settings the trainer would choose here; their config, and device."""
     import train_gpt2
 
-    cfg, device, B, T = trainers_config(args)
+    cfg, device = trainers_config(args)
+    B, T = cfg.micro_batch_size, cfg.sequence_length
     print(f"{hardware(device)}: {cfg.model}, {B} × {T} tokens × {args.micro_steps} micro-steps, {how_long}\n")
     if device.type == "cpu":
         train_gpt2.keep_memory()
