@@ -289,9 +289,8 @@ class GPT2(nn.Module):
         if targets is None:
             return logits[..., :V], None
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return logits[
-            ..., :V
-        ].detach(), loss  # else a compiled backward pass would carry (B, T, V) zeros for the logits
+        # Detached: a compiled backward pass would carry (B, T, V) zeros for the logits
+        return logits[..., :V].detach(), loss
 
     @ANY_SHAPE
     @torch.no_grad()

@@ -78,9 +78,8 @@ def trainers_config(args):
     device = train_gpt2.choose_device(args.device)
     name = args.model or ("gpt2" if device.type == "cuda" else "demo")
     cfg = config_of(name, device=args.device, dtype=args.dtype, log_dir=tempfile.gettempdir())
-    B = cfg.micro_batch_size = args.micro_batch_size or (
-        16 if device.type == "cuda" else max(1, 2048 // cfg.block_size)
-    )
+    usual = 16 if device.type == "cuda" else max(1, 2048 // cfg.block_size)
+    B = cfg.micro_batch_size = args.micro_batch_size or usual
     cfg.total_batch_size = B * cfg.block_size * args.micro_steps
     return cfg, train_gpt2.resolve(cfg)
 
