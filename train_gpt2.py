@@ -13,6 +13,7 @@ a batch, T tokens in a sequence, C channels, V tokens in the vocabulary.
 
 import argparse
 import bisect
+import contextlib
 import ctypes
 import functools
 import gc
@@ -998,6 +999,14 @@ def keep_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
+def let_threads_finish() -> None:
+    """Keep threads that wake up from cutting in on those at work. Gloo's receiving thread would stop its sending one,
+    which holds a lock, and try that lock again and again until its time slice is over: some 4 ms of each exchange. Does
+    nothing where the system has no such policy."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # which threads yet to come inherit
+
+
 def can_compile(device: torch.device) -> bool:
     """Try torch.compile on next to nothing; where a compiler or Triton is missing, say so in one line. The gradient of
     a repeated token's embedding is tried because torch 2.6 loses all but a part of it on some CPUs."""
@@ -1118,6 +1127,8 @@ def train(cfg: TrainConfig) -> int:
     device = resolve(cfg)
     if WORLD_SIZE > 1:
         nccl = device.type == "cuda" and dist.is_nccl_available()
+        if not nccl:
+            let_threads_finish()
         dist.init_process_group("nccl" if nccl else "gloo", device_id=device if nccl else None)
     if device.type == "cpu":
         keep_memory()
@@ -1163,8 +1174,7 @@ def train(cfg: TrainConfig) -> int:
     compiled = torch.compile(model, dynamic=False) if cfg.compile else model
     ddp = compiled
     if WORLD_SIZE > 1:  # compiled within DDP, the backward pass comes in pieces, one a bucket of gradients to exchange
-        bucket = 25 if device.type == "cpu" else None  # MB; else the first has 1, and gloo gets in a small model's way
-        ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True, bucket_cap_mb=bucket)
+        ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
         ddp.require_backward_grad_sync = False  # in the trial, a rank out of memory would keep the others waiting
         torch._dynamo.config.optimize_ddp = not cfg.activation_checkpointing  # older versions can't split that
     B = cfg.micro_batch_size = fit_micro_batch(cfg, model, optimizer, ddp, autocast, device)

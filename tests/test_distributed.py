@@ -45,15 +45,20 @@ def test_accumulation_and_compilation_give_the_same_and_gradients_travel_once_du
         textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(PROGRAM.parent)!r})
-        import functools, torch, train_gpt2
+        import functools, os, torch, train_gpt2
+        from pathlib import Path
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
         from torch.nn.parallel import DistributedDataParallel as DDP
 
         torch.compile = functools.partial(torch.compile, backend="aot_eager")  # graphs as on a GPU, run as they are
         torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 20_000  # several buckets, of a model as small as this
-        models, events = [], []
+        models, events, policies = [], [], set()
         def exchange(state, bucket):
             events.append("exchange")
+            if sys.platform == "linux" and not policies:  # how gloo's threads share a core with each other
+                for thread in Path("/proc/self/task").iterdir():
+                    if "gloo" in (thread / "comm").read_text():
+                        policies.add(os.sched_getscheduler(int(thread.name)) == os.SCHED_BATCH)
             return allreduce_hook(state, bucket)
         class Watched(DDP):
             def __init__(self, *args, **options):
@@ -67,14 +72,15 @@ def test_accumulation_and_compilation_give_the_same_and_gradients_travel_once_du
                 return super().forward(*args)
         train_gpt2.DistributedDataParallel = Watched
         code = train_gpt2.main()
-        torch.save((models[0].module.state_dict(), events), f"rank{{train_gpt2.RANK}}.pt")
+        torch.save((models[0].module.state_dict(), events, policies), f"rank{{train_gpt2.RANK}}.pt")
         sys.exit(code)
         """)
     )
     torchrun("driver.py", *RUN, "--log_dir", "log", "--micro_batch_size", "1", "--compile", cwd=here)
     assert_same_run(alone, here / "log")
-    (weights, events), (other, _) = (torch.load(f"rank{r}.pt") for r in range(2))
+    (weights, events, policies), (other, _, _) = (torch.load(f"rank{r}.pt") for r in range(2))
     assert all(weights[name].equal(other[name]) for name in weights)
+    assert policies == ({True} if sys.platform == "linux" else set())
     passes = " ".join(events).split("forward")[2:]  # one more was for the trial of the micro-batch
     assert len(passes) == 20 * 4
     for i, happened in enumerate(passes):
