@@ -1256,7 +1256,7 @@ def train(cfg: TrainConfig) -> int:
         lr = get_lr(t, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        total_loss = torch.zeros((), device=device)
+        total_loss = 0.0
         for m in range(A):
             x, y = batch
             if WORLD_SIZE > 1:  # ranks exchange gradients once a step, during the last backward pass
