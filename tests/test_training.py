@@ -360,7 +360,7 @@ def test_freed_memory_is_kept(here):
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         if "keep" in sys.argv:
             train_gpt2.keep_memory()
-        for _ in range(5):  # until the heap has found its shape
+        for _ in range(20):  # until the heap has found its shape
             pages()
         print(sum(pages() for _ in range(5)))
         """
