@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROGRAM, TINY, python, read_log, write_hellaswag, write_shards
+from torch.overrides import TorchFunctionMode
 
 import train_gpt2
 from train_gpt2 import GPT2, GPT2Config, TrainConfig, get_lr, main
@@ -441,6 +442,78 @@ class TestCompile:
         done = python(PROGRAM, *RUN, "--log_dir", "log", "--compile", cwd=here, env=env)
         assert done.stdout.count("torch.compile can't be used here") == 1 and "compile False" in done.stdout
         assert len(losses("log")) == 20
+
+
+class StandIn(TorchFunctionMode):
+    """For CUDA, on a CPU: tensors sent there stay where they are, and the losses are noted in `events`, together with
+    all that would make a program wait for a GPU."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.events = events = []
+
+        class Event:
+            def record(self):
+                self.number = sum(event.startswith("record") for event in events)
+                events.append(f"record {self.number}")
+
+            def synchronize(self):
+                events.append(f"synchronize {self.number}")
+
+        answers = dict(device_count=1, set_device=None, mem_get_info=(8e10, 8e10), get_device_name="NVIDIA H200")
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if func is torch.device:
+            return func(*args, **kwargs)
+        if name == "pin_memory":
+            return args[0]
+        waits = name in ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__")
+        if name == "cross_entropy" or waits or (name == "to" and "cpu" in args and not kwargs.get("non_blocking")):
+            self.events.append(name)
+        args = ["cpu" if isinstance(z, torch.device) and z.type == "cuda" else z for z in args]
+        kwargs = {k: "cpu" if isinstance(z, torch.device) and z.type == "cuda" else z for k, z in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+class TestLoopOfAGpu:
+    gpu = ("--device", "cuda", "--no-tf32", "--no-compile")
+
+    def test_figures_are_read_a_step_late_and_nothing_else_waits(self, here, monkeypatch, capsys):
+        run = [*RUN, "--val_every", "10", "--micro_batch_size", "4", "--log_dir"]
+        with StandIn(monkeypatch) as cuda:
+            assert main([*run, "log", *self.gpu]) == 0
+        validation, events = 3 * ["cross_entropy", "item"], ["cross_entropy"]  # that of the micro-batch's trial
+        for t in range(20):
+            events += [*(validation if t == 10 or t == 0 else []), "cross_entropy", "cross_entropy", f"record {t}"]
+            for figures in [t - 1] * (t not in (0, 10)) + [t] * (t in (9, 19)):
+                events += [f"synchronize {figures}", "tolist"]
+        assert cuda.events == [*events, *validation]
+        assert capsys.readouterr().out.count("% | eta ") == 20  # MFU, since the card is known
+        assert main([*run, "cpu"]) == 0
+        ours, plain = read_log("log"), read_log("cpu")
+        assert all(ours[stream] == plain[stream] for stream in ("train", "val", "norm", "lr"))
+
+    def test_stopped_run_goes_on_to_the_same_weights(self, here, monkeypatch):
+        def interrupt(t, cfg):
+            if t == 7:
+                signal.raise_signal(signal.SIGTERM)
+            return get_lr(t, cfg)
+
+        run = [*RUN, "--checkpoint_every", "20", "--log_dir"]
+        assert main([*run, "cpu"]) == 0
+        with StandIn(monkeypatch):
+            monkeypatch.setattr(train_gpt2, "get_lr", interrupt)
+            assert main([*run, "log", *self.gpu]) == 128 + signal.SIGTERM
+            assert (here / "log/model_00009.pt").exists()  # step 8 was under way when the figures of 7 were read
+            monkeypatch.setattr(train_gpt2, "get_lr", get_lr)
+            assert main([*run, "log", *self.gpu]) == 0
+        ours, plain = (torch.load(f"{name}/model_00020.pt", weights_only=True)["model"] for name in ("log", "cpu"))
+        assert all(weight.equal(plain[name]) for name, weight in ours.items())
+        assert losses("log") == losses("cpu")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
