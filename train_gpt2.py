@@ -510,13 +510,14 @@ def validation_loss(model, loader: DataLoaderLite, val_tokens: int, device: torc
     batch and the number of ranks. Rows that fill up the last batch do not count: a compiled model sees one shape. None
     when something came into `stop` on any rank meanwhile."""
     num_windows = min(loader.num_windows, max(1, val_tokens // loader.T))
-    total = 0.0
+    losses = []
     for i in range(math.ceil(num_windows / (loader.B * loader.world_size))):
         count = min(loader.B, num_windows - (i * loader.world_size + loader.rank) * loader.B)
         if count > 0 and not stop:
             batch = loader.batch(i)
             batch[1, count:] = -100
-            total += model(*to_device(batch, device))[1].item() * count
+            losses.append((model(*to_device(batch, device))[1], count))
+    total = sum(loss.item() * count for loss, count in losses)  # only now: to read one is to wait for the device
     total, stopped = sum_over_ranks([total, len(stop)], device)
     return None if stopped else total / num_windows
 

@@ -486,7 +486,7 @@ class TestLoopOfAGpu:
         run = [*RUN, "--val_every", "10", "--micro_batch_size", "4", "--log_dir"]
         with StandIn(monkeypatch) as cuda:
             assert main([*run, "log", *self.gpu]) == 0
-        validation, events = 3 * ["cross_entropy", "item"], ["cross_entropy"]  # that of the micro-batch's trial
+        validation, events = 3 * ["cross_entropy"] + 3 * ["item"], ["cross_entropy"]  # that of the micro-batch's trial
         for t in range(20):
             events += [*(validation if t == 10 or t == 0 else []), "cross_entropy", "cross_entropy", f"record {t}"]
             for figures in [t - 1] * (t not in (0, 10)) + [t] * (t in (9, 19)):
