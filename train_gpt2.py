@@ -505,21 +505,20 @@ def to_device(z: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def validation_loss(model, loader: DataLoaderLite, val_tokens: int, device: torch.device, stop=()) -> float | None:
+def validation_loss(model, loader: DataLoaderLite, val_tokens: int, device: torch.device, progress=iter) -> float:
     """Mean loss, nats a token, over the loader's first `val_tokens` tokens (one window at least), the same whatever the
-    batch and the number of ranks. Rows that fill up the last batch do not count: a compiled model sees one shape. None
-    when something came into `stop` on any rank meanwhile."""
+    batch and the number of ranks. Rows that fill up the last batch do not count: a compiled model sees one shape.
+    `progress` may wrap the range of batches, or cut it."""
     num_windows = min(loader.num_windows, max(1, val_tokens // loader.T))
     losses = []
-    for i in range(math.ceil(num_windows / (loader.B * loader.world_size))):
+    for i in progress(range(math.ceil(num_windows / (loader.B * loader.world_size)))):
         count = min(loader.B, num_windows - (i * loader.world_size + loader.rank) * loader.B)
-        if count > 0 and not stop:
+        if count > 0:
             batch = loader.batch(i)
             batch[1, count:] = -100
             losses.append((model(*to_device(batch, device))[1], count))
     total = sum(loss.item() * count for loss, count in losses)  # only now: to read one is to wait for the device
-    total, stopped = sum_over_ranks([total, len(stop)], device)
-    return None if stopped else total / num_windows
+    return sum_over_ranks([total], device)[0] / num_windows
 
 
 def read_hellaswag(path: Path, vocab_size: int = 50257) -> list[tuple[np.ndarray, list[np.ndarray], int]]:
@@ -1202,6 +1201,9 @@ def train(cfg: TrainConfig) -> int:
     def due(every, t):
         return every and (t % every == 0 or t == cfg.max_steps) and not stopping
 
+    def any_caught():  # all ranks stop if one has caught a signal
+        return sum_over_ranks([len(caught)], device)[0] > 0
+
     flops = model.flops_per_token(cfg.sequence_length) * cfg.total_batch_size
     peak = peak_flops(cfg)
     caught = []  # the first SIGINT or SIGTERM is noted here, for the loop to see; a second one kills
@@ -1220,8 +1222,8 @@ def train(cfg: TrainConfig) -> int:
         # Once in a while, all ranks: the loss on held-out text
         if due(cfg.val_every, t):
             with autocast:
-                loss = validation_loss(compiled, val_loader, cfg.val_tokens, device, stop=caught)
-            stopping = loss is None
+                loss = validation_loss(compiled, val_loader, cfg.val_tokens, device, unless_caught)
+            stopping = any_caught()
             if not stopping:
                 val_loss = loss
                 record(t, val=val_loss)
@@ -1230,7 +1232,7 @@ def train(cfg: TrainConfig) -> int:
         if examples and due(cfg.hellaswag_every, t):
             with autocast:
                 acc, acc_norm = evaluate_hellaswag(model, examples, device, unless_caught)
-            stopping = sum_over_ranks([len(caught)], device)[0] > 0
+            stopping = any_caught()
             if not stopping:
                 record(t, hella=acc_norm)
                 say(f"{of_all} | hellaswag acc {acc:.4f}, acc_norm {acc_norm:.4f}")
