@@ -1,5 +1,6 @@
 """Several processes under torchrun, with gloo, are one run: real launches, on the loopback address."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -46,19 +47,16 @@ def test_accumulation_and_compilation_give_the_same_and_gradients_travel_once_du
         import sys
         sys.path.insert(0, {str(PROGRAM.parent)!r})
         import functools, os, torch, train_gpt2
-        from pathlib import Path
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
         from torch.nn.parallel import DistributedDataParallel as DDP
 
         torch.compile = functools.partial(torch.compile, backend="aot_eager")  # graphs as on a GPU, run as they are
         torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 20_000  # several buckets, of a model as small as this
-        models, events, policies = [], [], set()
+        models, events, policies = [], [], []
         def exchange(state, bucket):
             events.append("exchange")
-            if sys.platform == "linux" and not policies:  # how gloo's threads share a core with each other
-                for thread in Path("/proc/self/task").iterdir():
-                    if "gloo" in (thread / "comm").read_text():
-                        policies.add(os.sched_getscheduler(int(thread.name)) == os.SCHED_BATCH)
+            if sys.platform == "linux" and not policies:
+                policies.extend(os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task"))
             return allreduce_hook(state, bucket)
         class Watched(DDP):
             def __init__(self, *args, **options):
@@ -80,7 +78,8 @@ def test_accumulation_and_compilation_give_the_same_and_gradients_travel_once_du
     assert_same_run(alone, here / "log")
     (weights, events, policies), (other, _, _) = (torch.load(f"rank{r}.pt") for r in range(2))
     assert all(weights[name].equal(other[name]) for name in weights)
-    assert policies == ({True} if sys.platform == "linux" else set())
+    if sys.platform == "linux":
+        assert policies.count(os.SCHED_BATCH) >= 3  # the main thread, and gloo's that send and receive
     passes = " ".join(events).split("forward")[2:]  # one more was for the trial of the micro-batch
     assert len(passes) == 20 * 4
     for i, happened in enumerate(passes):
