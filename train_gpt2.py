@@ -1382,7 +1382,7 @@ def use(cfg: TrainConfig) -> int:
         raise UserError(f"no checkpoint in {cfg.log_dir}; train first, or name one with --init_from or --log_dir")
     model = GPT2(GPT2Config(**{**state["config"], "attention": cfg.attention or "flash"}))
     load_weights(model, state, cfg.init_from)
-    if cfg.export is not None:
+    if cfg.export is not None and RANK == 0:
         export(model, Path(cfg.export))
         say(f"{cfg.export}: {model.num_params():,} parameters, for transformers' GPT2LMHeadModel.from_pretrained")
     if cfg.generate is not None:

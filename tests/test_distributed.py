@@ -39,6 +39,8 @@ def test_two_processes_have_the_losses_of_one_and_only_rank_0_speaks_and_writes(
     lines = done.stdout.splitlines()
     assert all(sum(line.startswith(f"step {t:5d}/20 | loss") for line in lines) == 1 for t in range(20))
     assert sorted(p.name for p in (here / "log").iterdir()) == [".lock", "curves.png", "log.txt", "model_00020.pt"]
+    torchrun(PROGRAM, "--log_dir", "log", "--export", "folder", cwd=here)
+    assert (here / "folder/model.safetensors").exists()
 
 
 def test_accumulation_and_compilation_give_the_same_and_gradients_travel_once_during_the_backward_pass(here, alone):
