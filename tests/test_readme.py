@@ -1,41 +1,75 @@
-"""What the README says is so."""
+"""The README's commands and flags are those there are."""
 
+import argparse
+import importlib
 import re
+import shlex
 import subprocess
+from dataclasses import fields
+from unittest import mock
 
-from conftest import PROGRAM, ROOT
+import pytest
+from conftest import ROOT
 
-from train_gpt2 import TrainConfig, fields
+from train_gpt2 import TrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FLAGS = {field.name: field for field in fields(TrainConfig) if field.metadata}
+BLOCKS = "\n".join(re.findall(r"^```sh\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))
+COMMANDS = [line for line in BLOCKS.replace("\\\n", " ").splitlines() if ".py" in line]
 
 
 def section(title):
     return re.search(rf"^## {title}$(.*?)(?=^## )", README, re.MULTILINE | re.DOTALL)[1]
 
 
-def test_lines_of_code_it_explains_are_there():
-    code = PROGRAM.read_text(encoding="utf-8")
-    quoted = re.findall(r"```python\n(.*?)```", section("How it works"), re.DOTALL)
-    assert len(quoted) > 10
-    for lines in quoted:
-        assert lines in code, lines
+class Found(BaseException):
+    """Carries a program's parser past whatever handles its errors."""
 
 
-def test_every_flag_is_in_the_table_with_its_default():
-    table = section("The options")
-    for f in filter(lambda f: f.metadata, fields(TrainConfig)):
-        name = rf"--(\[no-\])?{f.name}\b" if f.type in (bool, bool | None) else rf"--{f.name}\b"
-        found = re.search(rf"`{name}`(?: \(([^)]*)\))?", table)
-        assert found, f.name
-        stated = found[found.lastindex] if found.lastindex else None
-        if stated and stated[0].isdigit():
-            assert stated.startswith(str(f.default)), f.name
+def parser_of(program):
+    def found(parser, *_):
+        raise Found(parser)
+
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", found), pytest.raises(Found) as e:
+        importlib.import_module(program).main([])
+    return e.value.args[0]
 
 
-def test_ci_runs_the_commands_of_the_readme():
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_can_be_parsed(command):
+    words = shlex.split(command)
+    program = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    parser_of(words[program].removesuffix(".py")).parse_args(words[program + 1 :])
+
+
+def test_commands_are_found():
+    programs = {re.search(r"\w+\.py", command)[0] for command in COMMANDS}
+    assert programs == {"train_gpt2.py", "fineweb.py", "hellaswag.py"}
+    assert len(COMMANDS) > 10
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_flag_is_in_the_table_with_its_default(name):
+    field = FLAGS[name]
+    no = r"\[no-\]" if field.metadata["kind"] is bool else ""
+    found = re.search(rf"`--{no}{name}`(?: \(([^)]*)\))?", section("The options"))
+    assert found
+    default = str(field.default)
+    default = {"True": "on", "False": "off", "None": "auto"}.get(default, default)
+    if name not in ("generate", "export"):  # None is no "auto" there: without them, it trains
+        assert re.match(rf"{re.escape(default)}([;:, ]|$)", found[1])
+
+
+def test_the_table_has_no_other_flags():
+    assert {*re.findall(r"`--(?:\[no-\])?(\w+)`", section("The options"))} == {*FLAGS}
+
+
+@pytest.mark.parametrize(
+    "heading, command", [("Run it", "python train_gpt2.py"), ("Test it", "python -m pytest tests")]
+)
+def test_ci_runs_the_commands_of_the_readme(heading, command):
     script = (ROOT / ".ci/run").read_text()
     function = script[script.index("commands() {") : script.index("environment=")]
-    for heading, command in ("Run it", "python train_gpt2.py"), ("Test it", "python -m pytest tests"):
-        found = subprocess.check_output(["bash", "-c", f"{function}\ncommands '{heading}'"], cwd=ROOT, text=True)
-        assert found.splitlines()[-1] == command
+    bash = ["bash", "-c", f"{function}\ncommands '{heading}'"]
+    assert subprocess.check_output(bash, cwd=ROOT, text=True).splitlines()[-1] == command
