@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fineweb
-from train_gpt2 import byte_encoding, gpt2_encoding
+from fineweb import byte_encoding, gpt2_encoding
 
 GPT2 = gpt2_encoding()
 INTERRUPTS = int(os.environ.get("INTERRUPTS", 50))
