@@ -47,6 +47,7 @@ class Hub(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer takes 40 ms
 
     def log_message(self, *args):
         pass
@@ -80,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(404)
 
     def answer(self, status, content=None, **headers):
-        body = json.dumps(content).encode()
+        body = json.dumps(content or {}).encode()
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
@@ -119,7 +120,8 @@ class Handler(BaseHTTPRequestHandler):
         headers = dict(X_Repo_Commit=self.server.commit, ETag=f'"{self.server.sha256(path)}"')
         if path.suffix in (".md", ".json"):
             return self.send_file(path, fault, **headers)
-        place = f"{self.server.address}/cdn/{path.relative_to(self.server.folder).as_posix()}"
+        place = f"http://localhost:{self.server.server_port}/cdn/"  # another host, as on the hub
+        place += path.relative_to(self.server.folder).as_posix()
         headers |= dict(Location=place, X_Linked_Size=str(path.stat().st_size))
         self.answer(302, X_Linked_ETag=headers["ETag"], **headers)
 
