@@ -10,9 +10,6 @@ workers make tokens of these, and it writes what comes back, in order, into shar
 starts with <|endoftext|> and runs on over shard borders, the first shard is `val`, the last one
 short. When a shard is whole, manifest.json notes where in the source it ends. The same command goes
 on from there, to the same bytes as if it had never stopped.
-
-Read it from the top: encodings, workers, the network, sources, shards, published shards, demo data,
-the command line.
 """
 
 import argparse
@@ -232,12 +229,12 @@ def tokenize_all(pool, pieces, num_workers: int):
 
 
 def download(what: str, fetch, help="the same command goes on from here", patience: float = 20):
-    """Call fetch(), which gets `what` over the network -> what it returns.
+    """Call fetch(), which gets `what` over the network, and return what it returns.
 
     When the network fails, say so and try again after 1, 2, 4 … 64 s: for `patience` seconds, or
     three minutes where a server answers. Raises UserError after that, and at once where the hub
-    says no: one line with the cause (an HTTP status, or the library's words) and `help`, which says
-    what to do. Errors that are not the network's pass.
+    says no: one line with the cause (an HTTP status, or the library's words) and `help`, what to
+    do. Errors that are not the network's pass.
     """
     start, pause = time.monotonic(), 1
     while True:
@@ -274,7 +271,8 @@ def diagnose(error: Exception) -> tuple[int, str, bool]:
     disk = getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS)
     if disk or not network or isinstance(error, UserError):
         raise error
-    return 0, f"{type(chain[-1]).__name__}: {first_line(chain[-1])}", False
+    causes = [e for e in chain if not isinstance(e, FileNotFoundError)] or chain  # not in a cache
+    return 0, f"{type(causes[-1]).__name__}: {first_line(causes[-1])}", False
 
 
 class RemoteFile(io.RawIOBase):
@@ -441,11 +439,14 @@ KINDS = f"{', '.join(READERS)}, nor one of them with {', '.join(COMPRESSED)}"
 
 
 def reader_of(path: str):
-    """(the reader of such a file, what uncompresses it); None for other kinds."""
+    """(the reader of such a file, what uncompresses it); None for other kinds, and manifests."""
     stem, suffix = os.path.splitext(path.lower())
     unpack = COMPRESSED.get(suffix)
     read = READERS.get(os.path.splitext(stem)[1] if unpack else suffix)
-    return None if read is None or (unpack and read is read_parquet) else (read, unpack)
+    packed_parquet = unpack and read is read_parquet
+    if read is None or packed_parquet or os.path.basename(path) == "manifest.json":
+        return None
+    return read, unpack
 
 
 def read_source(files: list[str], column: str, first: int = 0, *place):
@@ -508,15 +509,15 @@ def hub_files(dataset: str, name: str | None) -> list[str]:
     import huggingface_hub
 
     revision = None
-    if not Path(dataset).exists():
-        info = partial(huggingface_hub.HfApi().dataset_info, dataset)
-        revision = download(dataset, info).sha
-    builder = partial(datasets.load_dataset_builder, dataset, name, revision=revision)
+    if not Path(dataset).exists():  # asked first: `datasets` hides why it can't reach the hub
+        ask = partial(huggingface_hub.HfApi().dataset_info, dataset)
+        revision = download(dataset, ask).sha
+    load = partial(datasets.load_dataset_builder, dataset, name, revision=revision)
     try:
-        files = (download(dataset, builder).config.data_files or {}).get("train", ())
+        files = (download(dataset, load).config.data_files or {}).get("train", ())
+    except UserError:
+        raise
     except (ValueError, RuntimeError) as error:  # the configuration, or a script
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"--dataset {dataset}, --name {name}: {first_line(error)}") from error
     return readable(map(str, files), f"--dataset {dataset}, --name {name}, split train")
 

@@ -19,9 +19,9 @@ COMMIT = "c0ffee" + "0" * 34
 class Hub(ThreadingHTTPServer):
     """Serves folder/{datasets,models}/OWNER/NAME.
 
-    `faults` are dicts: `match` (a pattern of "METHOD path"), `times`, and one of `status` (an answer
-    without content), `drop` (the connection breaks after so many bytes), `short` (the file lacks its
-    last bytes), `stall` (seconds before each answer). `sent` counts the bytes of files.
+    `faults` are dicts: `match` (a pattern of "METHOD path"), `times`, and one of `status` (an
+    answer without content), `drop` (the connection breaks after so many bytes), `short` (the file
+    lacks so many bytes), `stall` (seconds before an answer). `sent` counts the bytes of files.
     """
 
     daemon_threads = True

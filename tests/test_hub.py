@@ -16,11 +16,18 @@ from hub_server import COMMIT, Hub
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, sends signals")
 
-CARD = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*\n---\n"
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/*
+---
+"""
 # Pauses take no time here, but a clock counts them, by which fineweb's patience goes
-CLIENT = """
+CLIENT = f"""
 import sys, time, types
-sys.path.insert(0, {root!r})
+sys.path.insert(0, {str(ROOT)!r})
 import fineweb
 
 clock, sleep = [0], time.sleep
@@ -34,7 +41,7 @@ code = fineweb.main(sys.argv[1:])
 peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) // 1024
 print(f"peak {{peak}} MB, paused {{clock[0]}} s, ended at {{time.time()}}", flush=True)
 sys.exit(code)
-""".format(root=str(ROOT))
+"""
 SMALL = CLIENT.replace("code =", "fineweb.PIECE = 2**12\ncode =")  # many pieces of few documents
 
 
@@ -100,8 +107,8 @@ def large(tmp_path_factory):
     """A parquet file of 126 MB: 25,000 rows of 4,000 characters that don't compress, in groups of
     1,000, and another column of a fourth of it.
 
-    As small as it is, it shows what the hub's files of 2 GB do. Read through `datasets`, two of three
-    runs that stopped within it aborted (exit -6), each fetched all of it, and took 683 MB.
+    As small as it is, it shows what the hub's files of 2 GB do. Read through `datasets`, two of
+    three runs that stopped within it aborted (exit -6), each fetched all of it, and took 683 MB.
     """
     server = Server(tmp_path_factory.mktemp("large"))
     noise = base64.b64encode(os.urandom(75_000_000)).decode()
@@ -183,9 +190,18 @@ def test_what_the_network_loses_is_fetched_again(fault, texts):
 @pytest.mark.parametrize(
     "fault, message",
     [
-        (dict(match="cdn", status=503), r"000\.parquet can't be downloaded \(HTTP status 503\); the same"),
-        (dict(match="some/texts$", status=401), r"\(HTTP status 401\); check the name, or `hf auth login`"),
-        (dict(match="cdn", short=1000), r"the file is short by 1,000 bytes\); the same command goes on"),
+        (
+            dict(match="cdn", status=503),
+            r"000\.parquet can't be downloaded \(HTTP status 503\); the same",
+        ),
+        (
+            dict(match="some/texts$", status=401),
+            r"\(HTTP status 401\); check the name, or `hf auth login`",
+        ),
+        (
+            dict(match="cdn", short=1000),
+            r"the file is short by 1,000 bytes\); the same command goes on",
+        ),
         (dict(match="cdn", drop=0), r"000\.parquet can't be downloaded \(RemoteProtocolError: "),
     ],
 )
@@ -204,14 +220,19 @@ def test_without_a_network_the_error_comes_soon(texts):
     texts.server_close()
     for args in TEXTS, ["--pretokenized"]:
         out = texts.run(*args, "--out=out", code=2)
-        assert "refused); the same command goes on from here" in out and "trying again in 8 s" in out
-        assert float(re.search(r"paused ([\d.]+) s", out)[1]) < 25 and not (texts.work / "out").exists()
+        assert (
+            "refused); the same command goes on from here" in out and "trying again in 8 s" in out
+        )
+        assert (
+            float(re.search(r"paused ([\d.]+) s", out)[1]) < 25
+            and not (texts.work / "out").exists()
+        )
 
 
 def test_wrong_names_are_errors(texts):
     for args, message in {
-        "--dataset=some/others": "some/others can't be downloaded (HTTP status 404); check the name",
-        "--dataset=some/texts --name=large": "--dataset some/texts, --name large: BuilderConfig 'large'",
+        "--dataset=some/others": "some/others can't be downloaded (HTTP status 404); check",
+        "--dataset=some/texts --name=large": "some/texts, --name large: BuilderConfig 'large'",
         "--dataset=some/texts --text_column=body": "no column body, but text, url; choose one with",
     }.items():
         assert message in texts.run(*args.split(), "--encoding=bytes", "--out=out", code=2)
@@ -305,7 +326,8 @@ def test_published_shards_are_fetched_once_and_as_many_as_asked_for(shards):
 @pytest.mark.parametrize(
     "fault",
     [
-        dict(match="resolve.*bin", status=503, times=6), dict(match="resolve.*bin", status=503, times=14),
+        dict(match="resolve.*bin", status=503, times=6),
+        dict(match="resolve.*bin", status=503, times=14),
         dict(match="cdn", drop=5000, times=7), dict(match="cdn", short=1000, times=1),
     ],
     ids=["a burst of six 503", "more of them", "dropped", "short"],
@@ -319,7 +341,9 @@ def test_published_shards_outlast_faults(fault, shards):
 def test_published_shards_that_stay_lost_are_an_error_with_its_cause(shards):
     shards.faults = [dict(match="cdn.*train", short=1000, times=10**6)]
     out = shards.run("--pretokenized=some/shards", "--out=out", code=2)
-    assert re.search(r"error: edu_train_000001.bin can't be downloaded \(.*size 201024 but has size 200024", out)
+    assert re.search(
+        r"error: edu_train_000001.bin can't be downloaded \(.*size 201024 but has size 200024", out
+    )
     shards.faults = []
     assert finished(shards) == (True, NAMES)
 
@@ -327,7 +351,9 @@ def test_published_shards_that_stay_lost_are_an_error_with_its_cause(shards):
 def test_sigterm_while_waiting_for_the_network_is_quiet(shards, texts):
     for args in [*TEXTS], ["--pretokenized=some/shards"]:
         shards.faults = [dict(match="cdn|resolve.*bin", status=503, times=10**6)]
-        process = shards.start(*args, "--out=out2", script=CLIENT.replace("sleep(0.002)", "sleep(seconds)"))
+        process = shards.start(
+            *args, "--out=out2", script=CLIENT.replace("sleep(0.002)", "sleep(seconds)")
+        )
         for line in process.stderr:
             if "Retrying in" in line:
                 break
@@ -340,7 +366,10 @@ def test_sigterm_while_waiting_for_the_network_is_quiet(shards, texts):
     "fault, message",
     [
         (dict(match="resolve", status=503), r"HTTP status 503\); try a local copy"),
-        (dict(match="resolve", status=404), r"HTTP status 404\); check the name, or `hf auth login`"),
+        (
+            dict(match="resolve", status=404),
+            r"HTTP status 404\); check the name, or `hf auth login`",
+        ),
         (dict(match="cdn", short=1000), r"size 5000 but has size 4000.*\); try a local copy"),
     ],
 )
@@ -364,6 +393,8 @@ fineweb.main = run
 code ="""
     script = CLIENT.replace("code =", fetch)
     hub.faults = [dict(fault, times=10**6)]
-    assert re.search(rf"the weights can't be downloaded \(.*{message}", hub.run(script=script, code=2))
+    assert re.search(
+        rf"the weights can't be downloaded \(.*{message}", hub.run(script=script, code=2)
+    )
     hub.faults = [dict(fault, times=1 if "404" not in message else 0)]
     assert "True" in hub.run(script=script)
