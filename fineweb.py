@@ -314,8 +314,8 @@ def size_of_file(path: str) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
-# Sources. A reader yields (*place, starts, text) of one file: a document's place in it, whether the
-# text starts there, and its UTF-8, or None for a row without text. It reads on from a place given.
+# Sources. A reader yields (*place, starts, text) of one file: a place in it, whether a document
+# starts there, and its UTF-8, or None for a row without text. Given a place, it reads on there.
 
 
 def read_text(path: str, file, column: str, at: int = 0):
@@ -361,7 +361,7 @@ def read_json(path: str, file, column: str, at: int = 0, number: int = 1):
 
 
 def text_of(row, column: str, path: str, number: int) -> bytes | None:
-    """The text of a JSON object. Raises UserError for what is none, or if the first has no such."""
+    """A row's text, or None. Raises UserError for what is no row, or a first one without column."""
     if not isinstance(row, dict):
         raise UserError(f"{path}, line {number} is no JSON object with a column {column}")
     if number == 1:
@@ -435,7 +435,7 @@ def open_zstd(file):
 READERS = {".parquet": read_parquet, ".jsonl": read_json, ".json": read_json, ".csv": read_csv}
 READERS |= {".txt": read_text, ".md": read_text}
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zstd}
-KINDS = f"{', '.join(READERS)}, nor one of them with {', '.join(COMPRESSED)}"
+KINDS = f"{', '.join(READERS)} (all but the first with {', '.join(COMPRESSED)}, too)"
 
 
 def reader_of(path: str):
@@ -494,9 +494,11 @@ def find_files(patterns: list[str]) -> list[str]:
     """The files of --files: files, folders (all that lie in them) and globs. Raises UserError."""
     files = []
     for pattern in patterns:
+        there = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+        if not there:
+            raise UserError(f"--files {pattern}: no such file")
         found = set()
-        for there in [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True):
-            path = Path(there)
+        for path in map(Path, there):
             found |= {p for p in path.rglob("*") if p.is_file()} if path.is_dir() else {path}
         files += readable(map(str, sorted(found)), f"--files {pattern}")
     return files
@@ -933,7 +935,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:  # a full disk, a folder that can't be written
-        print(f"error: {error}; then the same command goes on from here", file=sys.stderr)
+        help = "put that right, and the same command goes on from here"
+        print(f"error: {error}; {help}", file=sys.stderr)
         return 2
     except BrokenProcessPool:
         help = "try again with fewer --num_workers"

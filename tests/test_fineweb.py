@@ -1,4 +1,4 @@
-"""Text to token shards: the bytes of a plain loop over tiktoken, whatever the source and the cuts."""
+"""Text to token shards: the bytes of a plain loop over tiktoken, whatever the source."""
 
 import argparse
 import bz2
@@ -30,7 +30,8 @@ from fineweb import byte_encoding, gpt2_encoding
 GPT2 = gpt2_encoding()
 INTERRUPTS = int(os.environ.get("INTERRUPTS", 50))
 ODD = [
-    "", "plain text", "a<|endoftext|>b", "<|endoftext|>", "👩‍👩‍👧‍👦 é", "  two\n\n\n  spaces\t \r\n",
+    "", "plain text", "a<|endoftext|>b", "<|endoftext|>", "👩‍👩‍👧‍👦 é",
+    "  two\n\n\n  spaces\t \r\n",
     "汉字。没有空格",
     "it's 123abc 'll", "\0",
 ]  # fmt: skip
@@ -300,6 +301,15 @@ def test_what_is_left_out_is_named_and_counted(inline, capsys):
     )
     assert " 5 documents" in out
     assert "corp/x.pdf is no .parquet" in error_of(capsys, "--files", "corp/x.pdf", "--out=out2")
+
+
+def test_a_data_set_in_a_folder_gives_the_shards_of_its_files(inline):
+    (inline / "set").mkdir()
+    for i in range(3):
+        write_parquet(inline / "set" / f"{i:03d}.parquet", DOCUMENTS[i * 23 : i * 23 + 23])
+    run("--dataset=set", "--out=out", "--shard_size=500", "--max_tokens=1100")
+    run("--dataset=set", "--out=out", "--shard_size=500")
+    assert_shards("out", shards_of(DOCUMENTS[:69], 500))
 
 
 def test_a_manifest_says_whether_the_data_are_finished(inline, monkeypatch):
@@ -721,15 +731,15 @@ def test_wrong_input_is_one_line(inline, capsys):
     (inline / "list.json").write_text('[{"text": "x"}, 2]')
     (inline / "cut.json").write_text('[{"text": "x"}, {"te')
     for args, message in {
-        "--files none.txt": "--files none.txt: there is no",
-        "--files *.tsv": "--files *.tsv: there is no .parquet, .jsonl, .json, .csv, .txt, .md",
+        "--files none.txt": "--files none.txt: no such file",
+        "--files *.tsv": "--files *.tsv: no such file",
         "--files folder": "--files folder: there is no .parquet",
         "--files notes.pdf": "--files notes.pdf: notes.pdf is no .parquet",
         "--files rows.csv": "rows.csv has no column text, but id, body; choose one",
         "--files list.json": "list.json, line 2 is no JSON object",
         "--files cut.json": "cut.json can't be read",
         "--files good.jsonl --text_column=body": "good.jsonl has no column body, but text, id;",
-        "--files good.parquet --text_column=body": "good.parquet has no column body, but text, id, score",
+        "--files good.parquet --text_column=body": "good.parquet has no column body, but text, id,",
         "--files bad.jsonl": "bad.jsonl, line 3 is not JSON",
         "--files list.jsonl": "list.jsonl, line 2 is no JSON object",
         "--files empty.jsonl": "there is no text in it",
