@@ -583,39 +583,32 @@ def write_manifest(out: Path, manifest: dict) -> None:
     write_file(out / "manifest.json", json.dumps(manifest, indent=1).encode())
 
 
-def read_manifest(out: Path) -> dict | None:
-    """The manifest of a folder, None without one. Raises UserError when it is damaged."""
-    try:
-        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-        [(shard["name"] + shard["sha256"], shard["tokens"] + 0) for shard in manifest["shards"]]
-        return manifest
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        where = f"{out / 'manifest.json'} is no manifest ({error!r})"
-        raise UserError(f"{where}; choose another --out") from error
-
-
 def shard_name(prefix: str, i: int) -> str:
     return f"{prefix}_{'train' if i else 'val'}_{i:06d}.npy"
 
 
-def open_manifest(out: Path, new: dict, prefix: str = "") -> dict:
+def open_manifest(out: Path, new: dict | None, prefix: str = "") -> dict | None:
     """The manifest of an earlier run of the same command, else `new`.
 
-    Raises UserError when the folder holds something else: shards of another source, encoding or
-    shard size, or one that no manifest lists and that is not the next one (which a run that was
-    killed had no time to note).
+    Raises UserError when it is damaged, and when the folder holds something else: shards of another
+    source, encoding or shard size, or one that no manifest lists and that is not the next one
+    (which a run that was killed had no time to note).
     """
-    manifest, help = read_manifest(out), f"choose another --out, or remove {out}"
-    for key in ("source", "fingerprint", "encoding", "shard_size") if manifest else ():
+    path, help = out / "manifest.json", f"choose another --out, or remove {out}"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        names = {shard["name"] for shard in manifest["shards"] if shard["tokens"] + 0}
+        names.add(shard_name(prefix, len(names)))
+    except FileNotFoundError:
+        manifest, names = None, set()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no manifest ({error!r}); {help}") from error
+    for key in ("source", "fingerprint", "encoding", "shard_size") if manifest and new else ():
         old = manifest.get(key)
         if old != new.get(key):
             change = f"the {key.replace('_', ' ')} is {new.get(key)}, and was {old}"
             change = "the text of the source has changed" if key == "fingerprint" else change
             raise UserError(f"{out} holds shards of another run: {change}; {help}")
-    names = {shard["name"] for shard in manifest["shards"]} if manifest else set()
-    names.add(shard_name(prefix, len(names)))
     for path in sorted(out.glob("*")):
         if path.suffix in (".npy", ".bin") and path.name not in names:
             raise UserError(f"{out} holds other shards ({path.name}); {help}")
@@ -778,10 +771,9 @@ def summarise(out: Path, manifest: dict, ending: str) -> None:
 
 def verify(out: Path) -> None:
     """Hold every shard against the manifest. Raises UserError for what is not as it says."""
-    manifest = read_manifest(out)
+    manifest = open_manifest(out, None)
     if manifest is None:
         raise UserError(f"{out} has no manifest.json to check shards against; see --out")
-    open_manifest(out, manifest)  # no other shards
     check_sizes(out, manifest["shards"])
     for shard in manifest["shards"]:
         data = np.memmap(out / shard["name"], np.uint8, "r")

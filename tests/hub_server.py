@@ -19,9 +19,10 @@ COMMIT = "c0ffee" + "0" * 34
 class Hub(ThreadingHTTPServer):
     """Serves folder/{datasets,models}/OWNER/NAME.
 
-    `faults` are dicts: `match` (a pattern of "METHOD path"), `times`, and one of `status` (an
-    answer without content), `drop` (the connection breaks after so many bytes), `short` (the file
-    lacks so many bytes), `stall` (seconds before an answer). `sent` counts the bytes of files.
+    `faults` are dicts: `match` (a pattern of "METHOD path"), `times`, perhaps how many requests to
+    `skip` before, and one of `status` (an answer without content), `drop` (the connection breaks
+    after so many bytes), `short` (the file lacks so many bytes), `stall` (seconds before an
+    answer). `sent` counts the bytes of files.
     """
 
     daemon_threads = True
@@ -59,6 +60,9 @@ class Handler(BaseHTTPRequestHandler):
             hub.requests.append(f"{self.command} {path}")
             for rule in hub.faults:
                 if rule["times"] and re.search(rule["match"], f"{self.command} {path}"):
+                    if rule.get("skip"):
+                        rule["skip"] -= 1
+                        continue
                     rule["times"] -= 1
                     fault = rule
                     break

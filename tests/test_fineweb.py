@@ -805,7 +805,7 @@ def test_another_runs_shards_are_never_mixed_with(inline, capsys):
     write_jsonl(inline / "a.jsonl", DOCUMENTS)
     write_jsonl(inline / "b.jsonl", DOCUMENTS[1:])
     (inline / "other").mkdir()
-    np.save(inline / "other" / "text_train_000000.npy", np.zeros(5, np.uint16))
+    np.save(inline / "other" / "text_val_000000.npy", np.zeros(5, np.uint16))
     command = ["--files", "a.jsonl", "--out=out", "--shard_size=500"]
     run(*command)
     before = {path.name: path.read_bytes() for path in (inline / "out").iterdir()}
@@ -814,7 +814,7 @@ def test_another_runs_shards_are_never_mixed_with(inline, capsys):
         "--encoding=bytes": "the encoding is bytes, and was gpt2",
         "--text_column=id": "the source is a.jsonl, column id, and was a.jsonl, column text",
         "--files=b.jsonl": "the source is b.jsonl, column text, and was a.jsonl",
-        "--out=other": "other holds other shards (text_train_000000.npy)",
+        "--out=other": "other holds other shards (text_val_000000.npy)",
     }.items():
         assert message in error_of(capsys, *command, change), change
     with open(inline / "a.jsonl", "a") as file:
