@@ -679,7 +679,7 @@ class Shards:
         self.shards.append(write_shard(path, self.tokens))
         self.tokens.clear()
         resume = dict(cursor=cursor, used=used, counts=self.counts)
-        self.manifest.update(resume=resume, exhausted=exhausted)
+        self.manifest.update(resume=resume, counts=self.counts, exhausted=exhausted)
         write_manifest(self.out, self.manifest)
         say(f"{path}: {self.shards[-1]['tokens']:,} tokens")
 
@@ -723,7 +723,8 @@ def prepare(cfg) -> None:
         pool.submit(int).result()
         start = time.perf_counter()
         if not files:
-            files = manifest["files"] = manifest["files"] or hub_files(cfg.dataset, cfg.name)
+            files = manifest.get("files") or hub_files(cfg.dataset, cfg.name)
+            manifest["files"] = files
         shards.go_on()
         items = read_source(files, cfg.text_column, *manifest["resume"]["cursor"])
         options = dict(unit=" tokens", unit_scale=True, disable=None)
