@@ -882,7 +882,7 @@ class FlagParser(argparse.ArgumentParser):
 
 def parse_flags(argv: list[str] | None):
     """The command line, checked. Raises UserError."""
-    parser = FlagParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = FlagParser(description="Make token shards of text.", allow_abbrev=False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = min(cores, 61) if sys.platform == "win32" else cores  # what Windows can wait for
     add = parser.add_argument
