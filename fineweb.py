@@ -49,15 +49,12 @@ PRETOKENIZED = "kjj0/finewebedu10B-gpt2"
 PIECE = 2**20  # bytes of text a task: 100 ms of work, beside which sending it costs nothing
 BLOCK = 2**23  # bytes asked of the hub at a time
 
-
 class UserError(ValueError):
     """Something the person at the keyboard can put right: one `error:` line and exit code 2."""
-
 
 def first_line(error: BaseException) -> str:
     lines = str(getattr(error, "msg", error)).splitlines()
     return lines[0] if lines else type(error).__name__
-
 
 def say(message: str) -> None:
     """Print a line, above the progress bar if there is one."""
@@ -65,17 +62,12 @@ def say(message: str) -> None:
 
     tqdm.write(message)
 
-
-# --------------------------------------------------------------------------------------------------
-# Encodings
-
-
+# === Encodings ===
 def get_encoding(name: str):
     """The tiktoken.Encoding gpt2 or bytes. Raises UserError for others and without its files."""
     if name not in ENCODINGS:
         raise UserError(f"unknown encoding {name}; there are {' and '.join(ENCODINGS)}")
     return ENCODINGS[name]()
-
 
 def gpt2_encoding():
     """OpenAI's 50,257-token byte-pair encoding.
@@ -103,12 +95,10 @@ def gpt2_encoding():
     special = {"<|endoftext|>": 50256}
     return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
-
 SHA256 = (  # of OpenAI's vocab.bpe and encoder.json
     "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 )
-
 
 def byte_encoding():
     """The encoding that needs no file: a token is a byte of UTF-8, and 256 is <|endoftext|>."""
@@ -118,18 +108,13 @@ def byte_encoding():
     parts = dict(pat_str=r"[\s\S]{1,32}", mergeable_ranks=ranks, special_tokens=special)
     return tiktoken.Encoding("bytes", **parts)
 
-
 ENCODINGS = {"gpt2": gpt2_encoding, "bytes": byte_encoding}
 
-
-# --------------------------------------------------------------------------------------------------
-# Workers: text in, tokens out. They import this file, NumPy and tiktoken, and never torch.
-
+# === Workers: text in, tokens out ===
 # Where text can be cut without changing its tokens: GPT-2's pattern never joins white space to a
 # character before it, nor a digit to a letter, so a token ends here whatever the context. ASCII
 # alone, lest it cut a character in two.
 CUT = re.compile(rb"(?<=[!-~])\s|(?<=[A-Za-z])[0-9]")
-
 
 def stretches(text: bytes, at: int = 0):
     """(offset, stretch) of a text, from an offset on. A stretch has one to two PIECEs, or more
@@ -138,7 +123,6 @@ def stretches(text: bytes, at: int = 0):
         yield at, text[at : cut.start()]
         at = cut.start()
     yield at, text[at:]
-
 
 def encode_run(run: bytes, step: int = 2**16) -> array:
     """Byte-pair encode a run of letters or spaces that may be megabytes long, in bounded memory.
@@ -159,7 +143,6 @@ def encode_run(run: bytes, step: int = 2**16) -> array:
         tokens[-again:] = array("H", new)
     return tokens
 
-
 def encode(text: str):
     """The tokens of a text, in uint16. `<|endoftext|>` in it is text like any other."""
     try:
@@ -173,7 +156,6 @@ def encode(text: str):
         for match in regex.finditer(ENCODING._pat_str, text):
             tokens += encode_run(match.group().encode())
         return np.asarray(tokens, "<u2")
-
 
 def tokenize(parts: list[tuple]) -> tuple[np.ndarray, list[int]]:
     """The work of a task: (text, whether a document starts there) of each part -> (tokens,
@@ -194,7 +176,6 @@ def tokenize(parts: list[tuple]) -> tuple[np.ndarray, list[int]]:
             counts[3] += text.count("\ufffd") - data.count(b"\xef\xbf\xbd")
     return np.concatenate(arrays), counts
 
-
 def start_worker(encoding) -> None:
     """Leave Ctrl-C to the parent, and end with it when it is killed."""
     global ENCODING
@@ -203,7 +184,6 @@ def start_worker(encoding) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
 
 def tokenize_all(pool, pieces, num_workers: int):
     """(cursor, share of the source, tokens, counts) of each piece, in order.
@@ -223,11 +203,7 @@ def tokenize_all(pool, pieces, num_workers: int):
     for cursor, share, _, future in waiting:
         yield cursor, share, *future.result()
 
-
-# --------------------------------------------------------------------------------------------------
-# The network
-
-
+# === The network ===
 def download(what: str, fetch, help="the same command goes on from here", patience: float = 20):
     """Call fetch(), which gets `what` over the network, and return what it returns.
 
@@ -249,7 +225,6 @@ def download(what: str, fetch, help="the same command goes on from here", patien
             say(f"{what}: {reason}; trying again in {pause} s")
         time.sleep(pause)
         pause = min(2 * pause, 64)
-
 
 def diagnose(error: Exception) -> tuple[int, str, bool]:
     """What a download died of -> (HTTP status or 0, reason, whether it would fail again).
@@ -273,7 +248,6 @@ def diagnose(error: Exception) -> tuple[int, str, bool]:
         raise error
     causes = [e for e in chain if not isinstance(e, FileNotFoundError)] or chain  # not in a cache
     return 0, f"{type(causes[-1]).__name__}: {first_line(causes[-1])}", False
-
 
 class RemoteFile(io.RawIOBase):
     """A file of the hub, to be read from any place on. What the network loses is fetched again."""
@@ -303,7 +277,6 @@ class RemoteFile(io.RawIOBase):
             raise OSError(f"the file is short by {length - len(data):,} bytes")
         return data
 
-
 def size_of_file(path: str) -> int:
     if "://" not in path:
         return os.path.getsize(path)
@@ -312,11 +285,9 @@ def size_of_file(path: str) -> int:
     hub, name = fsspec.url_to_fs(path)
     return download(path, partial(hub.size, name))
 
-
-# --------------------------------------------------------------------------------------------------
-# Sources. A reader yields (*place, starts, text) of one file: a place in it, whether a document
-# starts there, and its UTF-8, or None for a row without text. Given a place, it reads on there.
-
+# === Sources ===
+# A reader yields (*place, starts, text) of one file: a place in it, whether a document starts
+# there, and its UTF-8, or None for a row without text. Given a place, it reads on there.
 
 def read_text(path: str, file, column: str, at: int = 0):
     """A document, however long. A place is an offset in bytes."""
@@ -330,7 +301,6 @@ def read_text(path: str, file, column: str, at: int = 0):
         at, text = at + last, rest
     yield at, at == 0, text
 
-
 def skip(file, count: int) -> None:
     """Go so many bytes on from a file's start. What can't be skipped is read."""
     if file.seekable():
@@ -338,7 +308,6 @@ def skip(file, count: int) -> None:
         return
     while count > 0:
         count -= len(file.read(min(count, PIECE))) or count
-
 
 def read_json(path: str, file, column: str, at: int = 0, number: int = 1):
     """Lines of JSON, a document each. A place is an offset in bytes and the number of a line. In a
@@ -359,7 +328,6 @@ def read_json(path: str, file, column: str, at: int = 0, number: int = 1):
             yield at, number, True, text_of(row, column, path, number)
         at, number = at + len(line), number + 1
 
-
 def text_of(row, column: str, path: str, number: int) -> bytes | None:
     """A row's text, or None. Raises UserError for what is no row, or a first one without column."""
     if not isinstance(row, dict):
@@ -369,19 +337,16 @@ def text_of(row, column: str, path: str, number: int) -> bytes | None:
     text = row.get(column)
     return text.encode("utf-8", "mark") if isinstance(text, str) else None
 
-
 def mark_broken(error):
     """What is broken in UTF-8, and half an emoji in JSON, stays one broken byte for a worker to
     find: as a surrogate in a str, as 0xff in bytes."""
     decoding = isinstance(error, UnicodeDecodeError)
     return "\udcff" if decoding else b"\xff" * (error.end - error.start), error.end
 
-
 def check_column(path: str, column: str, names) -> None:
     if column not in names:
         what = f"{path} has no column {column}, but {', '.join(names)}"
         raise UserError(f"{what}; choose one with --text_column")
-
 
 def read_csv(path: str, file, column: str, number: int = 1):
     """A row is a document. A place is its number, from 1; those before it are read again."""
@@ -391,7 +356,6 @@ def read_csv(path: str, file, column: str, number: int = 1):
     for i, row in enumerate(rows, 1):
         if i >= number:
             yield i, True, text_of(row, column, path, i)
-
 
 def read_parquet(path: str, file, column: str, group: int = 0, first: int = 0):
     """A row is a document. A place is a row group and a row in it.
@@ -415,7 +379,6 @@ def read_parquet(path: str, file, column: str, group: int = 0, first: int = 0):
                 row += 1
         first = 0
 
-
 def texts_in(column) -> list[bytes | None]:
     """The UTF-8 of each row of an Arrow column, as it is; None for what is not text."""
     import pyarrow as pa
@@ -425,18 +388,15 @@ def texts_in(column) -> list[bytes | None]:
         return [None] * len(column)
     return column.cast(kind).cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
 
-
 def open_zstd(file):
     import pyarrow
 
     return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), PIECE)
 
-
 READERS = {".parquet": read_parquet, ".jsonl": read_json, ".json": read_json, ".csv": read_csv}
 READERS |= {".txt": read_text, ".md": read_text}
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zstd}
 KINDS = f"{', '.join(READERS)} (all but the first with {', '.join(COMPRESSED)}, too)"
-
 
 def reader_of(path: str):
     """(the reader of such a file, what uncompresses it); None for other kinds, and manifests."""
@@ -447,7 +407,6 @@ def reader_of(path: str):
     if read is None or packed_parquet or os.path.basename(path) == "manifest.json":
         return None
     return read, unpack
-
 
 def read_source(files: list[str], column: str, first: int = 0, *place):
     """(cursor, text, starts, share of the source read) of files, one after the other, from a cursor
@@ -474,7 +433,6 @@ def read_source(files: list[str], column: str, first: int = 0, *place):
             raise UserError(f"{path} can't be read ({first_line(error)})") from error
         before, place = before + sizes[i], []
 
-
 def pieces_of(items):
     """(cursor, share of the source, bytes, parts) of pieces, each the work of a task."""
     parts, size = [], 0
@@ -489,7 +447,6 @@ def pieces_of(items):
     if parts:
         yield first, share, size, parts
 
-
 def find_files(patterns: list[str]) -> list[str]:
     """The files of --files: files, folders (all that lie in them) and globs. Raises UserError."""
     files = []
@@ -502,7 +459,6 @@ def find_files(patterns: list[str]) -> list[str]:
             found |= {p for p in path.rglob("*") if p.is_file()} if path.is_dir() else {path}
         files += readable(map(str, sorted(found)), f"--files {pattern}")
     return files
-
 
 def hub_files(dataset: str, name: str | None) -> list[str]:
     """The train split of a data set as it is now: hf://datasets/NAME@COMMIT/PATH of each file, or
@@ -523,7 +479,6 @@ def hub_files(dataset: str, name: str | None) -> list[str]:
         raise UserError(f"--dataset {dataset}, --name {name}: {first_line(error)}") from error
     return readable(map(str, files), f"--dataset {dataset}, --name {name}, split train")
 
-
 def readable(files, where: str) -> list[str]:
     """Those files that there is a reader for. Says how many others are left out, and names some.
     Raises UserError without any."""
@@ -538,7 +493,6 @@ def readable(files, where: str) -> list[str]:
         say(f"{where}: {len(others):,} of {len(files):,} files can't be read, left out: {names}")
     return known
 
-
 def fingerprint(files: list[str]) -> str:
     """To know files again: names, sizes, first and last bytes."""
     digest = hashlib.sha256()
@@ -549,11 +503,7 @@ def fingerprint(files: list[str]) -> str:
             digest.update(f"{Path(path).name} {size}\n".encode() + head + file.read())
     return digest.hexdigest()
 
-
-# --------------------------------------------------------------------------------------------------
-# Shards and their manifest
-
-
+# === Shards and their manifest ===
 def write_file(path: Path, *contents: bytes) -> None:
     """Write a file; it appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -567,7 +517,6 @@ def write_file(path: Path, *contents: bytes) -> None:
     finally:
         unfinished.unlink(missing_ok=True)
 
-
 def write_shard(path: Path, tokens: bytes) -> dict:
     """Write what np.save would of uint16 tokens -> the shard's entry in the manifest."""
     header, count = io.BytesIO(), len(tokens) // 2
@@ -578,14 +527,11 @@ def write_shard(path: Path, tokens: bytes) -> dict:
     write_file(path, header.getvalue(), tokens)
     return dict(name=path.name, tokens=count, sha256=digest.hexdigest())
 
-
 def write_manifest(out: Path, manifest: dict) -> None:
     write_file(out / "manifest.json", json.dumps(manifest, indent=1).encode())
 
-
 def shard_name(prefix: str, i: int) -> str:
     return f"{prefix}_{'train' if i else 'val'}_{i:06d}.npy"
-
 
 def open_manifest(out: Path, new: dict | None, prefix: str = "") -> dict | None:
     """The manifest of an earlier run of the same command, else `new`.
@@ -614,15 +560,12 @@ def open_manifest(out: Path, new: dict | None, prefix: str = "") -> dict | None:
             raise UserError(f"{out} holds other shards ({path.name}); {help}")
     return manifest or new
 
-
 def total(shards: list[dict]) -> int:
     return sum(shard["tokens"] for shard in shards)
-
 
 def size_of(shard: dict) -> int:
     """Bytes of a shard's file: the header of its format, and two a token."""
     return (1024 if shard["name"].endswith(".bin") else 128) + 2 * shard["tokens"]
-
 
 def check_sizes(out: Path, shards: list[dict]) -> None:
     """Raises UserError unless each shard is there, as long as the manifest says. (The last may be
@@ -632,7 +575,6 @@ def check_sizes(out: Path, shards: list[dict]) -> None:
         if not path.exists() or path.stat().st_size < size_of(shard):
             what = "is not as long as manifest.json says" if path.exists() else "is gone"
             raise UserError(f"{path} {what}; put it back, or remove {out} and start again")
-
 
 class Shards:
     """Takes the tokens of pieces, and makes shards of them and their manifest."""
@@ -689,7 +631,6 @@ class Shards:
         self.manifest.update(counts=self.counts, exhausted=exhausted, finished=True)
         write_manifest(self.out, self.manifest)
 
-
 def prepare(cfg) -> None:
     """Tokenise the source into shards in cfg.out, from where an earlier run stopped."""
     from tqdm import tqdm
@@ -743,14 +684,12 @@ def prepare(cfg) -> None:
     speed = (shards.count - first_count) / seconds
     summarise(out, manifest, f"{seconds:.1f} s, {speed:,.0f} tokens a second")
 
-
 def describe(cfg, files: list[str] | None) -> str:
     """A source in words, by which the manifest knows it again."""
     source = f"{cfg.dataset}, {cfg.name}" if not files else Path(files[0]).name
     source += f" and {len(files) - 1} more files" if files and len(files) > 1 else ""
     only_text = files and all(reader_of(path)[0] is read_text for path in files)
     return source if only_text else f"{source}, column {cfg.text_column}"
-
 
 def summarise(out: Path, manifest: dict, ending: str) -> None:
     """The last lines of a run: what there is, and what to know about it."""
@@ -769,7 +708,6 @@ def summarise(out: Path, manifest: dict, ending: str) -> None:
     ratio = f"{size / max(1, tokens - documents):.2f} bytes a token"
     say(f"{out}: {shards} shards, {documents:,} documents, {tokens:,} tokens, {ratio}, {ending}")
 
-
 def verify(out: Path) -> None:
     """Hold every shard against the manifest. Raises UserError for what is not as it says."""
     manifest = open_manifest(out, None)
@@ -784,11 +722,7 @@ def verify(out: Path) -> None:
     count = total(manifest["shards"])
     say(f"{out}: {len(manifest['shards'])} shards, {count:,} tokens, as manifest.json says")
 
-
-# --------------------------------------------------------------------------------------------------
-# Published shards
-
-
+# === Published shards ===
 def fetch(cfg) -> None:
     """Fetch shards that someone else has tokenised, and that are missing here."""
     from huggingface_hub import HfApi, hf_hub_download
@@ -816,7 +750,6 @@ def fetch(cfg) -> None:
     ending = "fetched before" if there else f"{time.perf_counter() - start:.1f} s"
     say(f"{out}: {len(shards)} shards, {total(shards):,} tokens, {ending}")
 
-
 def choose_shards(files, limit: int) -> tuple[list[dict], bool]:
     """Of a repository's files the val shards, and so many train shards as make up `limit` tokens ->
     (entries for the manifest, whether these are all). Raises UserError without any."""
@@ -834,11 +767,7 @@ def choose_shards(files, limit: int) -> tuple[list[dict], bool]:
         shards.append(rest.pop(0))
     return shards, not rest
 
-
-# --------------------------------------------------------------------------------------------------
-# The demo data
-
-
+# === The demo data ===
 def write_demo_data(folder: Path) -> None:
     """Write the source of Python's standard library, as it is installed, as byte-encoded shards.
 
@@ -870,15 +799,10 @@ def write_demo_data(folder: Path) -> None:
             help = "make room for 30 MB, or use --data"
             raise UserError(f"{folder} can't be written ({error}); {help}") from error
 
-
-# --------------------------------------------------------------------------------------------------
-# Command line
-
-
+# === Command line ===
 class FlagParser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; --help lists the flags")
-
 
 def parse_flags(argv: list[str] | None):
     """The command line, checked. Raises UserError."""
@@ -911,7 +835,6 @@ def parse_flags(argv: list[str] | None):
         cfg.dataset, cfg.name = DATASET, cfg.name or CONFIG
     return cfg
 
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
     try:
@@ -938,7 +861,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last finished shard", file=sys.stderr)
         return 128 + signal.SIGINT
-
 
 if __name__ == "__main__":
     sys.exit(main())

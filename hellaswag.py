@@ -8,11 +8,10 @@
 HellaSwag (Zellers et al., 2019, arXiv:1905.07830) has 10,042 questions to validate on, easy for
 people. The model is not asked: its choice is the ending it finds likeliest after the context. acc
 goes by an ending's log-likelihood, which favours short ones, acc_norm by its mean over the tokens.
-The file made here is llm.c's, and train_gpt2.py scores on it as it trains. Models come as others
-store them, too: the way from and to Hugging Face's format is here as well.
+The file made here is llm.c's; train_gpt2.py scores on it as it trains. Models come as others store
+them, too: the way from and to Hugging Face's format is here as well.
 """
 
-import argparse
 import functools
 import json
 import os
@@ -24,22 +23,18 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from fineweb import UserError, get_encoding
+from fineweb import FlagParser, UserError, download, get_encoding, write_file
 
 FILE = Path("hellaswag/hellaswag_val.bin")
 DATASET, SPLIT = "Rowan/hellaswag", "validation"
 
 # === Questions: rows with a context `ctx`, four `endings` and `label`, the right one of them ===
-
 def read_hub():
     """(where, row) of each question of the data set on the Hugging Face hub. Raises UserError."""
-    try:
-        import datasets
+    import datasets
 
-        rows = datasets.load_dataset(DATASET, split=SPLIT)
-    except Exception as error:  # no network shows itself in a dozen types of exception
-        help = "connect to the network, or name a local copy, a .jsonl, with --file"
-        raise UserError(f"{DATASET} can't be downloaded ({error!r:.200}); {help}") from error
+    help = "connect to the network, or name a local copy, a .jsonl, with --file"
+    rows = download(DATASET, lambda: datasets.load_dataset(DATASET, split=SPLIT), help)
     for number, row in enumerate(rows):
         yield f"{DATASET}, row {number}", row
 
@@ -50,19 +45,19 @@ def read_jsonl(path: Path):
     except OSError as error:
         raise UserError(f"--file {path} can't be read ({error.strerror})") from error
     for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+            raise UserError(f"{path}, line {number} is not JSON ({error})") from error
         if line.strip():
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-                raise UserError(f"{path}, line {number} is not JSON ({error})") from error
+            yield f"{path}, line {number}", row
 
 def check_question(row, where: str) -> None:
     """Raises UserError for a row that is no question."""
     if not isinstance(row, dict):
         raise UserError(f"{where} is no JSON object")
-    for name in ("ctx", "endings", "label"):
-        if name not in row:
-            raise UserError(f"{where} has no field {name}")
+    if missing := [name for name in ("ctx", "endings", "label") if name not in row]:
+        raise UserError(f"{where} has no field {missing[0]}")
     if not isinstance(row["endings"], list) or len(row["endings"]) != 4:
         raise UserError(f"{where}: endings is not a list of four")
     for name, text in zip(("ctx", *"0123"), (row["ctx"], *row["endings"]), strict=True):
@@ -130,27 +125,20 @@ def prepare(path: Path, file: Path | None) -> None:
     is there is used and never overwritten; a new one appears whole or not at all. Raises UserError
     where it holds other questions than the local copy, or can't be written."""
     if path.exists() and file is None:
-        print(f"{path} is there already, and used as it is; to fetch it again, remove it first")
-        return
+        return print(f"{path} is there already, and used; to fetch it again, remove it first")
     content = to_bytes(get_encoding("gpt2"), read_jsonl(file) if file else read_hub())
-    partial = path.with_name(path.name + ".tmp")
     try:
         if path.exists() and path.read_bytes() != content:
             other = f"{path} holds other questions than --file {file}"
             raise UserError(f"{other}; move it away, or leave out --file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, path)
+        if path.exists():
+            return print(f"{path} holds the questions of {file} already")
+        write_file(path, content)
     except OSError as error:
-        partial.unlink(missing_ok=True) if path.parent.is_dir() else None
         raise UserError(f"{path} can't be written ({error.strerror})") from error
     print(f"{path}: {np.frombuffer(content, '<i4', 3)[2]:,} questions from {file or DATASET}")
 
 # === Scores ===
-
 @torch.no_grad()
 def scores(model, questions, device: torch.device, progress=iter, batch_tokens=None):
     """Log-likelihood in nats of each ending after its context: its sum, and its mean over the
@@ -180,20 +168,19 @@ def scores(model, questions, device: torch.device, progress=iter, batch_tokens=N
         x = model.hidden(idx.to(device))[predicts.to(device)]  # only they meet the output head
         target = targets[predicts].to(device)
         nats = -F.cross_entropy(model.logits(x).float(), target, reduction="none").cpu().double()
-        lengths = [len(ending) for _, ending in batch]
-        totals.update(zip(batch, [part.sum() for part in nats.split(lengths)], strict=True))
-    sums = torch.zeros(len(rows), 4, dtype=torch.float64)
-    for i, four in enumerate(rows if len(totals) else ()):
-        sums[i] = torch.tensor([totals.get(row, -torch.inf) for row in four])
-    lengths = torch.tensor([[len(ending) for _, ending in four] for four in rows])
-    return sums, sums / lengths.view(-1, 4)
+        parts = nats.split([len(ending) for _, ending in batch])
+        totals.update(zip(batch, [part.sum().item() for part in parts], strict=True))
+    sums = [[totals.get(row, -torch.inf) for row in four] for four in rows]
+    lengths = [[len(ending) for _, ending in four] for four in rows]
+    sums, lengths = (torch.tensor(z, dtype=torch.float64).view(-1, 4) for z in (sums, lengths))
+    return sums, sums / lengths
 
 def count_hits(model, questions, device: torch.device, progress=iter) -> list[int]:
     """For how many questions the right ending has the highest sum, and the highest mean, of log-
     likelihoods. If two endings are equal, the first counts."""
     labels = torch.tensor([label for *_, label in questions])
-    both = scores(model, questions, device, progress)
-    return [(values.argmax(dim=1) == labels).sum().item() for values in both]
+    sums_and_means = scores(model, questions, device, progress)
+    return [(values.argmax(dim=1) == labels).sum().item() for values in sums_and_means]
 
 def show(questions, sums: torch.Tensor, means: torch.Tensor) -> None:
     """Print questions with the losses of their endings, in nats, the choice and the right one."""
@@ -205,12 +192,10 @@ def show(questions, sums: torch.Tensor, means: torch.Tensor) -> None:
         for k, ending in enumerate(endings):
             notes = [f"the choice by {name}" for name, choice in choices.items() if choice == k]
             notes += ["right"] if label == k else []
-            mark = f"  <- {', '.join(notes)}" if notes else ""
-            text = encoding.decode(ending.tolist())
-            print(f"    {-sums[i, k]:8.2f} {-means[i, k]:8.4f} {text}{mark}")
+            text = encoding.decode(ending.tolist()) + "  <- " * bool(notes) + ", ".join(notes)
+            print(f"    {-sums[i, k]:8.2f} {-means[i, k]:8.4f} {text}")
 
 # === Models, from and to a folder of Hugging Face's transformers ===
-
 PUBLISHED = dict(  # what its config must say to mean GPT-2 as published
     model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
     scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
@@ -220,21 +205,18 @@ TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # stored the 
 OPENAIS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 def read_model(what: str) -> tuple[dict, dict]:
-    """(sizes, state dict) in a folder that transformers or train_gpt2.py --export wrote or, where
-    there is no such folder, of OpenAI's model of that name on the hub. Raises UserError."""
+    """(sizes, state dict) in a folder that transformers or --export wrote or, where there is none,
+    of OpenAI's model of that name on the hub. Raises UserError."""
     folder = Path(what)
     if not folder.is_dir() and what in OPENAIS:
-        try:
-            from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download
 
-            for file in "config.json", "model.safetensors":
-                folder = Path(hf_hub_download(f"openai-community/{what}", file)).parent
-        except Exception as error:  # no network shows itself in a dozen types of exception
-            reason = f"{file} of openai-community/{what} can't be downloaded ({error!r:.200})"
-            raise UserError(f"{reason}; connect to the network, or name a local folder") from error
+        for file in "config.json", "model.safetensors":
+            fetch = functools.partial(hf_hub_download, f"openai-community/{what}", file)
+            name = f"{file} of openai-community/{what}"
+            folder = Path(download(name, fetch, "connect to the network, or name a folder")).parent
     if not folder.is_dir():
-        known = f"name one of {', '.join(OPENAIS)}, a Hugging Face folder or a model_*.pt"
-        raise UserError(f"{what} is no model; {known}")
+        raise UserError(f"{what} is no model; name gpt2 … gpt2-xl, a folder or a model_*.pt")
     try:
         from safetensors.torch import load_file
 
@@ -258,8 +240,7 @@ def read_model(what: str) -> tuple[dict, dict]:
         raise UserError(f"{reason}; get it again") from error
 
 def write_model(folder: Path, sizes: dict, weights: dict) -> None:
-    """Write a folder that transformers' GPT2LMHeadModel.from_pretrained opens. It appears whole or
-    not at all. Raises UserError when it holds something already, or can't be written."""
+    """Write a folder that transformers' GPT2LMHeadModel.from_pretrained opens. Raises UserError."""
     from safetensors.torch import save_file
 
     V, state = sizes["vocab_size"], {}
@@ -273,7 +254,7 @@ def write_model(folder: Path, sizes: dict, weights: dict) -> None:
         n_positions=sizes["block_size"], n_layer=sizes["n_layer"], n_head=sizes["n_head"],
         n_embd=sizes["n_embd"], embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
     )  # fmt: skip
-    partial = folder.absolute().with_name(f".{folder.name}.tmp")
+    partial = folder.absolute().with_name(f".{folder.name}.tmp")  # it appears whole or not at all
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--export {folder} is there already; choose another folder")
     try:
@@ -289,14 +270,8 @@ def write_model(folder: Path, sizes: dict, weights: dict) -> None:
         raise UserError(f"{reason}; choose another folder") from error
 
 # === Command line ===
-
-def refuse(message: str):
-    raise UserError(f"{message}; --help lists the flags")
-
 def parse_flags(argv: list[str] | None):
-    """The command line, checked. Raises UserError."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = refuse
+    parser = FlagParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--file", type=Path, help=f"a local .jsonl ({DATASET}, {SPLIT}, from the Hugging Face hub)")
     add("--model", help="score gpt2 … gpt2-xl, a Hugging Face folder or a model_*.pt (none)")
@@ -305,12 +280,12 @@ def parse_flags(argv: list[str] | None):
     add("--device", help="cpu, cuda, cuda:1, mps (the fastest there is)")
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="autocast precision (the best)")
     args = parser.parse_args(argv)
-    for name, value, low in ("limit", args.limit or 1, 1), ("show", args.show, 0):
-        if value < low or args.limit == 0:
-            raise UserError(f"--{name} {getattr(args, name)} is not a number of at least {low}")
+    for name, low in ("limit", 1), ("show", 0):
+        if (value := getattr(args, name)) is not None and value < low:
+            raise UserError(f"--{name} {value} is not a number of at least {low}")
     if args.show and args.model is None:
         raise UserError("--show needs a model to show the choices of; see --model")
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("hellaswag.py runs as one process; start it without torchrun")
     return args
 
@@ -323,8 +298,8 @@ def run(args) -> None:
         dtype = args.dtype or train_gpt2.native_dtype(device)
         model = train_gpt2.GPT2.from_pretrained(args.model).to(device)
         if model.config.vocab_size < 50257:
-            few = f"{args.model} has a vocabulary of {model.config.vocab_size}"
-            raise UserError(f"{few}; HellaSwag is in GPT-2's 50257 tokens")
+            V = model.config.vocab_size
+            raise UserError(f"{args.model} has a vocabulary of {V}; HellaSwag is in GPT-2's 50257")
     prepare(FILE, args.file)
     questions = read_questions(FILE)[: args.limit]
     if args.model is None:
@@ -336,11 +311,11 @@ def run(args) -> None:
     with torch.autocast(device.type, half, enabled=dtype != "fp32"):
         if args.show:
             show(questions[: args.show], *scores(model, questions[: args.show], device))
-        acc, acc_norm = (n / len(questions) for n in count_hits(model, questions, device, progress))
+        hits = count_hits(model, questions, device, progress)
+    acc, acc_norm = (n / len(questions) for n in hits)
     print(f"hellaswag | {len(questions)} examples | acc {acc:.4f} | acc_norm {acc_norm:.4f}")
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Returns the exit code."""
     try:
         run(parse_flags(argv))
         return 0
