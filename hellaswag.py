@@ -9,8 +9,7 @@ HellaSwag (Zellers et al., 2019, arXiv:1905.07830) has 10,042 questions to valid
 people. The model is not asked: its choice is the ending it finds likeliest after the context. acc
 goes by an ending's log-likelihood, which favours short ones, acc_norm by its mean over the tokens.
 The file made here is llm.c's; train_gpt2.py scores on it as it trains. Models come as others store
-them, too: the way from and to Hugging Face's format is here as well.
-"""
+them, too: the way from and to Hugging Face's format is here as well."""
 
 import functools
 import json
@@ -105,9 +104,8 @@ def read_questions(path: Path, vocab_size: int = 50257) -> list:
             for _ in range(1 + 4):
                 parts.append(question[p + 1 : p + 1 + question[p]])
                 p += 1 + int(question[p])
-            mark, label, endings = question[0], int(question[3]), question[4]
-            whole = p == len(question) and all(map(len, parts))
-            if mark != 65535 or label > 3 or endings != 4 or not whole:
+            label, whole = int(question[3]), p == len(question) and all(map(len, parts))
+            if question[0] != 65535 or label > 3 or question[4] != 4 or not whole:
                 raise ValueError(f"example {len(questions)} is damaged")
             if np.concatenate(parts).max() >= vocab_size:
                 raise ValueError(f"example {len(questions)} is beyond a vocabulary of {vocab_size}")
@@ -176,8 +174,8 @@ def scores(model, questions, device: torch.device, progress=iter, batch_tokens=N
     return sums, sums / lengths
 
 def count_hits(model, questions, device: torch.device, progress=iter) -> list[int]:
-    """For how many questions the right ending has the highest sum, and the highest mean, of log-
-    likelihoods. If two endings are equal, the first counts."""
+    """For how many questions the right ending has the highest sum, and mean. If two are equal, the
+    first counts."""
     labels = torch.tensor([label for *_, label in questions])
     sums_and_means = scores(model, questions, device, progress)
     return [(values.argmax(dim=1) == labels).sum().item() for values in sums_and_means]
@@ -213,8 +211,8 @@ def read_model(what: str) -> tuple[dict, dict]:
 
         for file in "config.json", "model.safetensors":
             fetch = functools.partial(hf_hub_download, f"openai-community/{what}", file)
-            name = f"{file} of openai-community/{what}"
-            folder = Path(download(name, fetch, "connect to the network, or name a folder")).parent
+            help = "connect to the network, or name a local folder"
+            folder = Path(download(f"{what}'s {file}", fetch, help)).parent
     if not folder.is_dir():
         raise UserError(f"{what} is no model; name gpt2 … gpt2-xl, a folder or a model_*.pt")
     try:

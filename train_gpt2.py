@@ -54,7 +54,7 @@ MODELS = {  # GPT-2's sizes, with the peak rates GPT-3 had at them (its table 2.
 }
 
 def flag(default, help, kind=None, low=None, choices=None):
-    """A field that is a flag, too. A default of None means auto, and needs the `kind` of value."""
+    """A field that is a flag, too. A default of None means auto, and needs a `kind`."""
     about = dict(help=help, kind=kind or type(default), low=low, choices=choices)
     return field(default=default, metadata=about)
 
@@ -119,7 +119,7 @@ def require(condition, message: str):
 
 @contextlib.contextmanager
 def user_error(what: str, advice: str):
-    """Let whatever fails inside end in a UserError: what, why, what to do."""
+    """Let what fails inside end in a UserError: what, why, what to do."""
     try:
         yield
     except Exception as error:
@@ -130,7 +130,7 @@ def user_error(what: str, advice: str):
 
 @contextlib.contextmanager
 def unfinished(path: Path):
-    """Give a name to write to, which becomes `path` if all goes well, and else is removed."""
+    """Give a name to write to, which becomes `path` if all goes well."""
     partial = path.with_name("unfinished.tmp")
     try:
         yield partial
@@ -144,7 +144,7 @@ def say(message: str):
     if RANK == 0:
         print(message, flush=True)
 
-# === Model: parameter names are those of OpenAI's checkpoint, so that weights travel ===
+# === Model: parameters are named as OpenAI's, so that weights travel ===
 class CausalSelfAttention(nn.Module):
     """Tokens exchange information: each gathers, per head, a weighted mean of what it and those
     before it offer (Vaswani et al., 2017, arXiv:1706.03762, §3.2)."""
@@ -215,7 +215,7 @@ class GPT2(nn.Module):
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
             else:
                 p.normal_(std=0.02)
-        # No token reads the padding's rows, and no logit comes from them: they stay zero
+        # The padding's rows are never read, and make no logit: they stay zero
         self.transformer.wte.weight[self.config.vocab_size :] = 0.0
     @classmethod
     def from_pretrained(cls, what: str) -> "GPT2":
@@ -241,7 +241,7 @@ class GPT2(nn.Module):
         """Final hidden states (..., C) -> logits (..., padded V)."""
         if not self.config.pad_vocab:
             return self.lm_head(x)
-        # -inf for the padding: cut off, it would leave rows of an odd length, slow on a GPU
+        # -inf for the padding: without it rows have an odd length, which is slow
         rows = torch.arange(self.config.padded_vocab_size, device=x.device)
         hide = torch.where(rows < self.config.vocab_size, 0.0, -torch.inf).to(x.dtype)
         return F.linear(x, self.lm_head.weight, hide)
@@ -276,9 +276,9 @@ class GPT2(nn.Module):
         how = dict(betas=(0.9, 0.95), eps=1e-8, fused=fused or None)  # None: torch picks kernels
         return torch.optim.AdamW(groups, lr=learning_rate, **how)
 
-# === Tokens: shards on disk, and the rule that says which of them a step sees ===
+# === Tokens, and which of them a step sees ===
 def find_shards(folder: Path, split: str) -> list[Path]:
-    """The shards of a split, "train" or "val", in file order: NAME_SPLIT_000000.npy, or .bin."""
+    """The shards of a split, "train" or "val", in file order."""
     name = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")
     return sorted(path for path in folder.glob("*") if name.fullmatch(path.name))
 
@@ -316,12 +316,11 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:  # RandomState's a
 
 class DataLoaderLite:
     """Serves windows of T + 1 tokens, without any state: a step's number tells which ones it sees.
-
     A shard of n tokens holds (n-1)//T windows; those of all shards are numbered 0 … W-1 in file
     order. Sample s is window π(s mod W), π a permutation drawn from the seed and the epoch s//W
     (the identity without `shuffle`). Micro-batch i, counted from the start of the run, gives rank
     r of R the samples (i·R + r)·B + 0 … B-1: a step sees the same samples whatever B and R, and
-    wherever the run was interrupted. Raises UserError for shards that are none, or too short."""
+    wherever the run was interrupted. Raises UserError for shards that are none or too few."""
     def __init__(
         self, files, B, T, rank=0, world_size=1, seed=1337, shuffle=True, vocab_size=50257
     ):
@@ -360,7 +359,7 @@ def to_device(z: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Send a tensor on its way: from pinned memory, a GPU fetches it while the program goes on."""
     return z.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else z.to(device)
 
-# === Validation and samples: they touch no random number that training uses ===
+# === Validation and samples ===
 def sum_over_ranks(values: list[float], device) -> list[float]:
     if not dist.is_initialized():
         return values
@@ -372,14 +371,13 @@ def sum_over_ranks(values: list[float], device) -> list[float]:
 def validation_loss(model, loader: DataLoaderLite, val_tokens: int, device, progress=iter) -> float:
     """Mean loss, nats a token, over the first `val_tokens` tokens. `progress` may end it early."""
     num_windows = min(loader.num_windows, max(1, val_tokens // loader.T))
-    losses = []  # of each batch: the mean loss, and how many windows count
+    losses = []  # (mean loss, windows) of each batch
     for i in progress(range(math.ceil(num_windows / (loader.B * loader.world_size)))):
         count = min(loader.B, num_windows - (i * loader.world_size + loader.rank) * loader.B)
         if count > 0:
             batch = loader.batch(i)
             batch[1, count:] = -100  # they fill up the batch: one shape to compile
-            x, y = to_device(batch, device)
-            losses.append((model(x, y)[1], count))
+            losses.append((model(*to_device(batch, device))[1], count))
     total = sum(loss.item() * count for loss, count in losses)  # only now: to read is to wait
     return sum_over_ranks([total], device)[0] / num_windows
 
@@ -390,7 +388,7 @@ def encode_prompt(encoding, prompt: str, block_size: int) -> list[int]:
     return tokens
 
 def print_samples(model: GPT2, encoding, cfg: TrainConfig, prompt: str, seed: int):
-    """Print continuations of a prompt, without what would upset a terminal."""
+    """Print continuations of a prompt, but nothing that upsets a terminal."""
     device = model.lm_head.weight.device
     tokens = encode_prompt(encoding, prompt, model.config.block_size)
     idx = torch.tensor([tokens] * cfg.num_samples, device=device)
@@ -402,7 +400,7 @@ def print_samples(model: GPT2, encoding, cfg: TrainConfig, prompt: str, seed: in
 
 # === Devices, and how much of a batch fits ===
 def peak_flops(cfg: TrainConfig) -> float:
-    """FLOP/s of all devices at best, dense, in 16 bits: the 100% of MFU. 0 where not known."""
+    """FLOP/s of all devices at best, in 16 bits: the 100% of MFU. 0 where not known."""
     tera = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L4": 121, "T4": 65}
     words = re.split(r"[ -]", torch.cuda.get_device_name()) if "cuda" in cfg.device else []
     slower = cfg.dtype == "fp32" or {"PCIe", "NVL"} & {*words}
@@ -467,13 +465,14 @@ def fit_micro_batch(run, forward) -> int:
         if sum_over_ranks([micro_batch_fits(B, run, forward)], run.device)[0] == WORLD_SIZE:
             return B
         say(f"out of memory with micro-batches of {B} sequences; trying fewer")
-        torch._dynamo.reset()  # what was compiled for this size counts towards a limit
+        torch._dynamo.reset()  # what it compiled counts towards a limit
     raise UserError(f"no room for one sequence of {T} tokens; see --activation_checkpointing")
 
 def micro_batch_fits(B: int, run, forward) -> bool:
-    """Try two micro-steps: in the first the model compiles, the second adds to its gradients."""
+    """Try two micro-steps, of which the second adds to gradients that are there."""
     try:
-        moments = [torch.empty_like(p) for p in 2 * [*run.model.parameters()]]  # AdamW's, to come
+        copies = 0 if run.optimizer.state else 2  # AdamW's moments are yet to come
+        moments = [torch.empty_like(p) for p in copies * [*run.model.parameters()]]
         x, y = torch.zeros(2, B, run.cfg.sequence_length, dtype=int, device=run.device)
         for _ in range(2):
             with run.autocast:
@@ -516,7 +515,7 @@ class Run:
         self.autocast = torch.autocast(kind, half, enabled=cfg.dtype != "fp32")
         # Small gradients would vanish in fp16: they are scaled up
         self.scaler = torch.amp.GradScaler(kind, enabled=cfg.dtype == "fp16")
-        self.step, self.val_loss = 0, None  # steps done before it began; the last validation's
+        self.step, self.val_loss = 0, None  # steps done before; the last validation's
     def open_data(self):
         """Open the shards, and what else the flags ask for. Missing demo data are made."""
         cfg, folder, self.encoding, self.questions = self.cfg, Path(self.cfg.data), None, None
@@ -528,7 +527,7 @@ class Run:
             except (ImportError, UserError) as error:
                 say(f"no samples: {error}")
         if self.encoding:
-            encode_prompt(self.encoding, cfg.prompt, cfg.block_size)  # raises if it is too long
+            encode_prompt(self.encoding, cfg.prompt, cfg.block_size)
         if cfg.hellaswag_every and manifest["encoding"] == "gpt2":
             there = HELLASWAG_FILE.exists() and Path(__file__).with_name("hellaswag.py").exists()
             if sum_over_ranks([there], self.device)[0] == WORLD_SIZE:  # nodes have own disks
@@ -547,8 +546,6 @@ class Run:
         require(files, f"--data {cfg.data} holds no {split} shard ({names})")
         order = cfg.seed, cfg.shuffle and split == "train", cfg.vocab_size
         return DataLoaderLite(files, 1, cfg.sequence_length, RANK, WORLD_SIZE, *order)
-    def batch(self, i: int) -> torch.Tensor:
-        return to_device(self.train_loader.batch(i), self.device)
     def identity(self) -> dict:  # what must stay from start to start
         names = (*SIZES, "pad_vocab", "seed", "shuffle", "total_batch_size", "sequence_length")
         data = dict(windows=self.train_loader.num_windows, tokens=self.train_loader.num_tokens)
@@ -584,18 +581,18 @@ class Run:
             old = theirs.get(name, ours)  # format 1 does not know its data
             other = f"{where} holds another run: its {name} is {old}, and here {ours}"
             require(old == ours, f"{other}; choose another --log_dir, or the old flags and data")
-        step, past = state["step"], f"past --max_steps {cfg.max_steps}; choose more"
-        require(step <= cfg.max_steps, f"{where} is {step} steps on, {past}")
+        past = f"{where} is past --max_steps {cfg.max_steps}; choose more, or another --log_dir"
+        require(state["step"] <= cfg.max_steps, past)
         with user_error(f"{where} holds no run to go on with", "choose another --log_dir"):
             load_weights(self.model, state["model"], where)
             rates = self.optimizer.state_dict()["param_groups"]  # and decay: as the flags say now
             self.optimizer.load_state_dict(dict(state["optimizer"], param_groups=rates))
-            if state["scaler"]:  # empty but for runs in fp16
+            if state["scaler"]:  # in fp16
                 self.scaler.load_state_dict(state["scaler"])
             if cfg.deterministic and not cfg.micro_batch_size:  # other sums round differently
                 cfg.micro_batch_size = state["train_config"]["micro_batch_size"]
-            self.step, self.val_loss = step, state["val_loss"]
-        say(f"resuming {where} after {step:,} steps")
+            self.step, self.val_loss = state["step"], state["val_loss"]
+        say(f"resuming {where} after {self.step:,} steps")
 
 def sibling(file: str, function: str, *args):
     try:
@@ -607,7 +604,7 @@ def initial_model(cfg: TrainConfig) -> GPT2:
     model = GPT2(GPT2Config(**{f.name: getattr(cfg, f.name) for f in fields(GPT2Config)}))
     if cfg.init_from == "scratch":
         return model
-    config, weights = read_pretrained(cfg.init_from)
+    config, weights = cfg.__dict__.pop("pretrained", None) or read_pretrained(cfg.init_from)
     for size in SIZES:
         differs = f"{cfg.init_from} has {size} {getattr(config, size)}, not {getattr(cfg, size)}"
         require(getattr(config, size) == getattr(cfg, size), f"{differs}; see the flags, or --data")
@@ -660,7 +657,7 @@ def newest_checkpoint(log_dir: Path) -> dict | None:
             say(f"{error}; trying the one before it")
     require(not paths, f"no checkpoint in {log_dir} can be read; choose another --log_dir")
 
-# === The log: lines on the screen, every figure in log.txt, and a picture of it ===
+# === The log, and a picture of it ===
 @contextlib.contextmanager
 def locked(log_dir: Path):
     """Keep other runs out of a folder."""
@@ -675,16 +672,16 @@ def locked(log_dir: Path):
         lock.release()
 
 def open_log(log_dir: Path, start: int):
-    """Open log.txt to go on at step `start`. Lines from there on go: they will come again."""
+    """Open log.txt to go on at step `start`; lines from there on will come again."""
     path = log_dir / "log.txt"
     with user_error(f"--log_dir {log_dir} can't hold the log of this run", "choose another"):
-        if path.exists() and start == 0:  # a run that left no checkpoint; its log stays
+        if path.exists() and start == 0:  # an old log stays
             path.rename(log_dir / f"log_{path.stat().st_mtime_ns}.txt")
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and int(line.split()[0]) < start]
         with unfinished(path) as partial:
             partial.write_text("".join(kept), encoding="utf-8")
-        return open(path, "ab", buffering=0)  # who follows it sees each step at once
+        return open(path, "ab", buffering=0)
 
 class Progress:
     """The figures of each step: printed, written to log.txt, checked. To read a figure is to wait
@@ -717,7 +714,7 @@ class Progress:
         if WORLD_SIZE > 1:
             dist.all_reduce(figures)
         copied = None
-        if figures.is_cuda:  # begun now, since a copy waits for all that was asked for before it
+        if figures.is_cuda:  # begun now: a copy waits for all asked for before it
             figures, copied = figures.to("cpu", non_blocking=True), torch.cuda.Event()
             copied.record()
         self.unread.append((t, lr, figures, copied))
@@ -833,14 +830,15 @@ def train(cfg: TrainConfig) -> int:
         ddp = compiled
         if WORLD_SIZE > 1:
             ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
-            ddp.require_backward_grad_sync = False  # or a rank out of memory keeps others waiting
+            ddp.require_backward_grad_sync = False  # or ranks wait for one out of memory
         B = cfg.micro_batch_size = fit_micro_batch(run, ddp)
         A = cfg.total_batch_size // (B * cfg.sequence_length * WORLD_SIZE)  # micro-steps a step
         run.train_loader.B = run.val_loader.B = B
         say(str(cfg))
         step = f"{B} sequences × {cfg.sequence_length} tokens × {A} micro-steps"
         say(f"{run.model.num_params():,} parameters; a step: {step} × {WORLD_SIZE} processes")
-        batch, parameters = run.batch(run.step * A), list(run.model.parameters())
+        parameters = list(run.model.parameters())
+        batch = to_device(run.train_loader.batch(run.step * A), run.device)
         with Progress(run) as progress:
             for t in range(run.step, cfg.max_steps + 1):
                 once_in_a_while(t, run, compiled, progress)
@@ -861,7 +859,7 @@ def train(cfg: TrainConfig) -> int:
                         loss = ddp(x, y)[1] / A
                     run.scaler.scale(loss).backward()
                     train_loss += loss.detach()
-                    batch = run.batch(t * A + m + 1)  # while the GPU works
+                    batch = to_device(run.train_loader.batch(t * A + m + 1), run.device)
                 run.scaler.unscale_(run.optimizer)
                 # A batch of odd text can have a gradient many times the usual: cut its length,
                 # lest it throw the weights off
@@ -899,10 +897,12 @@ def parse_flags(argv: list[str] | None) -> TrainConfig:
     init_from = given.get("init_from", "scratch")
     model = given.get("model", "demo" if demo else init_from if init_from in MODELS else "gpt2")
     brought = dict(MODELS[model], model=model)
-    if init_from != "scratch":
-        config, _ = read_pretrained(init_from)
-        brought.update({name: getattr(config, name) for name in (*SIZES, "pad_vocab")})
-    return TrainConfig(**{**brought, **given})
+    pretrained = read_pretrained(init_from) if init_from != "scratch" else None
+    if pretrained:
+        brought.update({name: getattr(pretrained[0], name) for name in (*SIZES, "pad_vocab")})
+    cfg = TrainConfig(**{**brought, **given})
+    cfg.pretrained = pretrained  # once is enough
+    return cfg
 
 def use(cfg: TrainConfig) -> int:
     """Do what --generate or --export says, with the newest checkpoint or --init_from."""
@@ -912,7 +912,7 @@ def use(cfg: TrainConfig) -> int:
         require(state, f"no checkpoint in {where}; train first, or see --init_from, --log_dir")
         config, weights = GPT2Config(**state["config"]), state["model"]
     else:
-        config, weights = read_pretrained(where)
+        config, weights = cfg.pretrained
     model = load_weights(GPT2(replace(config, attention=cfg.attention)), weights, where)
     if cfg.export is not None and RANK == 0:
         sizes = {size: getattr(config, size) for size in SIZES}
@@ -933,7 +933,7 @@ def main(argv: list[str] | None = None) -> int:
         get_error_handler().record_exception(error)  # for torchrun's report
         ours = isinstance(error, (UserError, ImportError))
         if WORLD_SIZE > 1 and (RANK != 0 or not ours):
-            time.sleep(5)  # another rank may say it, or be missed here; torchrun ends all
+            time.sleep(5)  # another rank may say it, and torchrun ends all
         if not ours:
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
