@@ -498,7 +498,7 @@ class Run:
     def __init__(self, cfg: TrainConfig):
         self.cfg, self.device = cfg, resolve(cfg)
         check(cfg)
-        torch.manual_seed(cfg.seed)  # every rank starts from the same weights
+        torch.manual_seed(cfg.seed)  # the same weights on every rank
         torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -530,13 +530,13 @@ class Run:
             encode_prompt(self.encoding, cfg.prompt, cfg.block_size)
         if cfg.hellaswag_every and manifest["encoding"] == "gpt2":
             there = HELLASWAG_FILE.exists() and Path(__file__).with_name("hellaswag.py").exists()
-            if sum_over_ranks([there], self.device)[0] == WORLD_SIZE:  # nodes have own disks
+            if sum_over_ranks([there], self.device)[0] == WORLD_SIZE:  # on all nodes
                 self.questions = sibling("hellaswag", "read_questions", HELLASWAG_FILE)
             else:
                 say(f"no HellaSwag: {HELLASWAG_FILE} is not there; python hellaswag.py makes it")
         if folder == DEMO_DATA and not folder.exists() and LOCAL_RANK == 0:
             sibling("fineweb", "write_demo_data", folder)
-        sum_over_ranks([0], self.device)  # the others wait for it
+        sum_over_ranks([0], self.device)  # the others wait
         self.train_loader, self.val_loader = map(self.loader, ("train", "val"))
         if not manifest.get("finished", True):
             say(f"{folder} is not finished: so far it has {self.train_loader.num_tokens:,} tokens")
