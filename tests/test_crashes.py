@@ -1,7 +1,9 @@
-"""Nothing is lost: real processes are stopped, killed and starved at every point, and end where an untouched one ends.
+"""Nothing is lost: real processes are stopped, killed and starved at every point, and end where an
+untouched one ends.
 
-Most tests here run in a Python process of their own, which forks the runs it needs: torch is imported once a test, and
-a run can be made to meet its end at a chosen point. What is forked gets real signals and writes real files.
+Most tests here run in a Python process of their own, which forks the runs it needs: torch is
+imported once a test, and a run can be made to meet its end at a chosen point. What is forked gets
+real signals and writes real files.
 """
 
 import functools
@@ -18,7 +20,6 @@ import time
 import traceback
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch._dynamo  # what the optimiser would import in each fork anew
@@ -328,7 +329,7 @@ def test_full_disk_and_lost_folder_are_one_line_and_the_last_good_checkpoint_sta
 @apart
 def test_second_run_in_the_same_log_folder_refuses_and_a_killed_one_leaves_no_lock():
     run = [*RUN, "--log_dir=log", "--checkpoint_every=5"]
-    first = Run(*run, prepare=lambda: trap(GPT2, "forward", 15, lambda *_: time.sleep(3000)))
+    first = Run(*run, prepare=lambda: trap(GPT2, "forward", 16, lambda *_: time.sleep(3000)))
     while not Path("log/model_00010.pt").exists() or "12 tps" not in Path("log/log.txt").read_text():
         time.sleep(0.1)
     before = {path: path.read_bytes() for path in Path("log").iterdir()}
