@@ -8,14 +8,9 @@
 HellaSwag (Zellers et al., 2019, arXiv:1905.07830) has 10,042 questions to validate on, easy for
 people. The model is not asked: its choice is the ending it finds likeliest after the context. acc
 goes by an ending's log-likelihood, which favours short ones, acc_norm by its mean over the tokens.
-The file made here is llm.c's, and train_gpt2.py scores on it as it trains.
+The file made here is llm.c's; train_gpt2.py scores on it as it trains. Models come as others store
+them, too: the way from and to Hugging Face's format is here as well."""
 
-Models come in many formats, too, so the way from and to Hugging Face's is here as well.
-
-Read it from the top: questions, their file, scores, models, the command line.
-"""
-
-import argparse
 import functools
 import json
 import os
@@ -27,27 +22,20 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from fineweb import UserError, get_encoding
+from fineweb import FlagParser, UserError, download, get_encoding, write_file
 
 FILE = Path("hellaswag/hellaswag_val.bin")
 DATASET, SPLIT = "Rowan/hellaswag", "validation"
 
-# ------------------------------------------------------------------------------------------------
-# Questions: rows with a context `ctx`, four `endings`, and `label`, the number of the right one
-
-
+# === Questions: rows with a context `ctx`, four `endings` and `label`, the right one of them ===
 def read_hub():
     """(where, row) of each question of the data set on the Hugging Face hub. Raises UserError."""
-    try:
-        import datasets
+    import datasets
 
-        rows = datasets.load_dataset(DATASET, split=SPLIT)
-    except Exception as error:  # no network shows itself in a dozen types of exception
-        help = "connect to the network, or name a local copy, a .jsonl, with --file"
-        raise UserError(f"{DATASET} can't be downloaded ({error!r:.200}); {help}") from error
+    help = "connect to the network, or name a local copy, a .jsonl, with --file"
+    rows = download(DATASET, lambda: datasets.load_dataset(DATASET, split=SPLIT), help)
     for number, row in enumerate(rows):
         yield f"{DATASET}, row {number}", row
-
 
 def read_jsonl(path: Path):
     """(where, row) of each line of a file. Raises UserError for one that is not JSON."""
@@ -56,37 +44,31 @@ def read_jsonl(path: Path):
     except OSError as error:
         raise UserError(f"--file {path} can't be read ({error.strerror})") from error
     for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+            raise UserError(f"{path}, line {number} is not JSON ({error})") from error
         if line.strip():
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-                raise UserError(f"{path}, line {number} is not JSON ({error})") from error
-
+            yield f"{path}, line {number}", row
 
 def check_question(row, where: str) -> None:
     """Raises UserError for a row that is no question."""
     if not isinstance(row, dict):
         raise UserError(f"{where} is no JSON object")
-    for name in ("ctx", "endings", "label"):
-        if name not in row:
-            raise UserError(f"{where} has no field {name}")
-    endings = row["endings"]
-    if not isinstance(endings, list) or len(endings) != 4:
+    if missing := [name for name in ("ctx", "endings", "label") if name not in row]:
+        raise UserError(f"{where} has no field {missing[0]}")
+    if not isinstance(row["endings"], list) or len(row["endings"]) != 4:
         raise UserError(f"{where}: endings is not a list of four")
-    for name, text in ("ctx", row["ctx"]), *((f"ending {i}", text) for i, text in enumerate(endings)):
-        if not isinstance(text, str):
-            raise UserError(f"{where}: {name} is no text")
-        if not text.strip():
-            raise UserError(f"{where}: {name} is empty")
-    if str(row["label"]) not in ("0", "1", "2", "3"):  # text on the hub, numbers in the original
+    for name, text in zip(("ctx", *"0123"), (row["ctx"], *row["endings"]), strict=True):
+        if not isinstance(text, str) or not text.strip():
+            name = name if name == "ctx" else f"ending {name}"
+            raise UserError(f"{where}: {name} is {'empty' if isinstance(text, str) else 'no text'}")
+    if str(row["label"]) not in tuple("0123"):  # text on the hub, numbers elsewhere
         raise UserError(f"{where}: label is {row['label']!r}, not 0, 1, 2 or 3")
 
-
-# ------------------------------------------------------------------------------------------------
-# The file, in llm.c's format: 256 int32 of header (20240522, version 1, examples, longest in
-# bytes); then uint16, for each example 65535, its bytes, index, label and number of endings, then
-# length and tokens of context and endings
-
+# === The file, in llm.c's format ===
+# 256 int32 (20240522, version 1, examples, longest in bytes); then uint16, for each example 65535,
+# its bytes, index, label, number of endings, and length and tokens of the context and each ending
 
 def to_bytes(encoding, questions) -> bytes:
     """The content of the file. Raises UserError for a question that is none, or does not fit."""
@@ -109,71 +91,52 @@ def to_bytes(encoding, questions) -> bytes:
     header[:4] = 20240522, 1, len(examples), max(map(len, examples))
     return header.tobytes() + b"".join(examples)
 
-
 def read_questions(path: Path, vocab_size: int = 50257) -> list:
     """Read the file -> [(context tokens, four endings, index of the right one)], int64 arrays.
     Raises UserError for another file, and for tokens beyond the vocabulary."""
+    raw, questions, at = np.fromfile(path, dtype="<u2"), [], 512
     try:
-        raw, examples, at = np.fromfile(path, dtype="<u2"), [], 512
         if tuple(raw[:4]) != (20240522 & 0xFFFF, 20240522 >> 16, 1, 0):
             raise ValueError("wrong magic number or version")
         while at < len(raw):
-            example = raw[at : at + int(raw[at + 1]) // 2].astype(np.int64)
+            question = raw[at : at + int(raw[at + 1]) // 2].astype(np.int64)
             parts, p = [], 5
             for _ in range(1 + 4):
-                parts.append(example[p + 1 : p + 1 + example[p]])
-                p += 1 + int(example[p])
-            label, endings = int(example[3]), example[4]
-            whole = p == len(example) and all(len(part) for part in parts)
-            if example[0] != 65535 or label > 3 or endings != 4 or not whole:
-                raise ValueError(f"example {len(examples)} is damaged")
+                parts.append(question[p + 1 : p + 1 + question[p]])
+                p += 1 + int(question[p])
+            label, whole = int(question[3]), p == len(question) and all(map(len, parts))
+            if question[0] != 65535 or label > 3 or question[4] != 4 or not whole:
+                raise ValueError(f"example {len(questions)} is damaged")
             if np.concatenate(parts).max() >= vocab_size:
-                beyond = f"a token beyond a vocabulary of {vocab_size}"
-                raise ValueError(f"example {len(examples)} has {beyond}")
-            examples.append((parts[0], parts[1:], label))
-            at += len(example)
-        if not examples or len(examples) != raw[:512].view("<i4")[2]:
-            raise ValueError(f"the header promises other than the {len(examples)} there are")
-        return examples
-    except (OSError, ValueError, IndexError) as error:
+                raise ValueError(f"example {len(questions)} is beyond a vocabulary of {vocab_size}")
+            questions.append((parts[0], parts[1:], label))
+            at += len(question)
+        if not questions or len(questions) != raw[:512].view("<i4")[2]:
+            raise ValueError(f"the header promises other than the {len(questions)} there are")
+        return questions
+    except (ValueError, IndexError) as error:
         reason = f"{path} is no HellaSwag token file ({error})"
         raise UserError(f"{reason}; get it again, or remove it") from error
 
-
 def prepare(path: Path, file: Path | None) -> None:
     """See that all questions are in `path`: from a local copy, or else from the hub. A file that
-    is there already is used and never overwritten; a new one appears whole or not at all. Raises
-    UserError where it holds other questions than the local copy, or can't be written."""
+    is there is used and never overwritten; a new one appears whole or not at all. Raises UserError
+    where it holds other questions than the local copy, or can't be written."""
     if path.exists() and file is None:
-        print(f"{path} is there already, and used as it is; to fetch it again, remove it first")
-        return
+        return print(f"{path} is there already, and used; to fetch it again, remove it first")
     content = to_bytes(get_encoding("gpt2"), read_jsonl(file) if file else read_hub())
-    partial = path.with_name(path.name + ".tmp")
     try:
+        if path.exists() and path.read_bytes() != content:
+            other = f"{path} holds other questions than --file {file}"
+            raise UserError(f"{other}; move it away, or leave out --file")
         if path.exists():
-            if path.read_bytes() != content:
-                other = f"{path} holds other questions than --file {file}"
-                raise UserError(f"{other}; move it away, or leave out --file")
-            print(f"{path} holds the questions of {file} already")
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as out:
-                out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+            return print(f"{path} holds the questions of {file} already")
+        write_file(path, content)
     except OSError as error:
         raise UserError(f"{path} can't be written ({error.strerror})") from error
     print(f"{path}: {np.frombuffer(content, '<i4', 3)[2]:,} questions from {file or DATASET}")
 
-
-# ------------------------------------------------------------------------------------------------
-# Scores
-
-
+# === Scores ===
 @torch.no_grad()
 def scores(model, questions, device: torch.device, progress=iter, batch_tokens=None):
     """Log-likelihood in nats of each ending after its context: its sum, and its mean over the
@@ -184,7 +147,7 @@ def scores(model, questions, device: torch.device, progress=iter, batch_tokens=N
     size, rows = model.config.block_size, []
     batch_tokens = batch_tokens or (2**11 if device.type == "cpu" else 2**13)
     for context, endings, _ in questions:
-        context = context[-max(1, size + 1 - max(len(ending) for ending in endings)) :]
+        context = context[-max(1, size - max(len(ending) for ending in endings)) :]
         endings = [ending[: size + 1 - len(context)] for ending in endings]
         rows.append([(tuple(context), tuple(ending)) for ending in endings])
     waiting = sorted({row for four in rows for row in four}, key=lambda r: -len(r[0] + r[1]))
@@ -203,22 +166,19 @@ def scores(model, questions, device: torch.device, progress=iter, batch_tokens=N
         x = model.hidden(idx.to(device))[predicts.to(device)]  # only they meet the output head
         target = targets[predicts].to(device)
         nats = -F.cross_entropy(model.logits(x).float(), target, reduction="none").cpu().double()
-        lengths = [len(ending) for _, ending in batch]
-        totals.update(zip(batch, [part.sum() for part in nats.split(lengths)], strict=True))
-    sums = torch.zeros(len(rows), 4, dtype=torch.float64)
-    for i, four in enumerate(rows if len(totals) else ()):
-        sums[i] = torch.tensor([totals.get(row, -torch.inf) for row in four])
-    lengths = torch.tensor([[len(ending) for _, ending in four] for four in rows])
-    return sums, sums / lengths.view(-1, 4)
-
+        parts = nats.split([len(ending) for _, ending in batch])
+        totals.update(zip(batch, [part.sum().item() for part in parts], strict=True))
+    sums = [[totals.get(row, -torch.inf) for row in four] for four in rows]
+    lengths = [[len(ending) for _, ending in four] for four in rows]
+    sums, lengths = (torch.tensor(z, dtype=torch.float64).view(-1, 4) for z in (sums, lengths))
+    return sums, sums / lengths
 
 def count_hits(model, questions, device: torch.device, progress=iter) -> list[int]:
-    """For how many questions the right ending has the highest sum, and the highest mean, of log-
-    likelihoods (completion style). If two endings are equal, the first counts."""
+    """For how many questions the right ending has the highest sum, and mean. If two are equal, the
+    first counts."""
     labels = torch.tensor([label for *_, label in questions])
-    both = scores(model, questions, device, progress)
-    return [(values.argmax(dim=1) == labels).sum().item() for values in both]
-
+    sums_and_means = scores(model, questions, device, progress)
+    return [(values.argmax(dim=1) == labels).sum().item() for values in sums_and_means]
 
 def show(questions, sums: torch.Tensor, means: torch.Tensor) -> None:
     """Print questions with the losses of their endings, in nats, the choice and the right one."""
@@ -230,14 +190,10 @@ def show(questions, sums: torch.Tensor, means: torch.Tensor) -> None:
         for k, ending in enumerate(endings):
             notes = [f"the choice by {name}" for name, choice in choices.items() if choice == k]
             notes += ["right"] if label == k else []
-            mark = f"  <- {', '.join(notes)}" if notes else ""
-            text = encoding.decode(ending.tolist())
-            print(f"    {-sums[i, k]:8.2f} {-means[i, k]:8.4f} {text}{mark}")
+            text = encoding.decode(ending.tolist()) + "  <- " * bool(notes) + ", ".join(notes)
+            print(f"    {-sums[i, k]:8.2f} {-means[i, k]:8.4f} {text}")
 
-
-# ------------------------------------------------------------------------------------------------
-# Models, as Hugging Face's transformers stores GPT-2: sizes and a state dict, from and to a folder
-
+# === Models, from and to a folder of Hugging Face's transformers ===
 PUBLISHED = dict(  # what its config must say to mean GPT-2 as published
     model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
     scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
@@ -246,50 +202,43 @@ PUBLISHED = dict(  # what its config must say to mean GPT-2 as published
 TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # stored the other way round
 OPENAIS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
-
 def read_model(what: str) -> tuple[dict, dict]:
-    """(sizes, state dict) in a folder that transformers or train_gpt2.py --export wrote or, where
-    there is no such folder, of OpenAI's model of that name on the hub. Raises UserError."""
+    """(sizes, state dict) in a folder that transformers or --export wrote or, where there is none,
+    of OpenAI's model of that name on the hub. Raises UserError."""
     folder = Path(what)
     if not folder.is_dir() and what in OPENAIS:
         from huggingface_hub import hf_hub_download
 
-        try:
-            for file in "config.json", "model.safetensors":
-                folder = Path(hf_hub_download(f"openai-community/{what}", file)).parent
-        except Exception as error:  # no network shows itself in a dozen types of exception
-            reason = f"{file} of openai-community/{what} can't be downloaded ({error!r:.200})"
-            raise UserError(f"{reason}; connect to the network, or name a local folder") from error
+        for file in "config.json", "model.safetensors":
+            fetch = functools.partial(hf_hub_download, f"openai-community/{what}", file)
+            help = "connect to the network, or name a local folder"
+            folder = Path(download(f"{what}'s {file}", fetch, help)).parent
     if not folder.is_dir():
-        known = f"name one of {', '.join(OPENAIS)}, a Hugging Face folder or a model_*.pt"
-        raise UserError(f"{what} is no model; {known}")
+        raise UserError(f"{what} is no model; name gpt2 … gpt2-xl, a folder or a model_*.pt")
     try:
         from safetensors.torch import load_file
 
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config, weights = json.loads((folder / "config.json").read_text(encoding="utf-8")), {}
         for key, value in PUBLISHED.items():
             if config.get(key, value) != value:
                 raise ValueError(f"another model than GPT-2: {key} {config[key]}")
         sizes = {size: config[size] for size in ("n_layer", "n_head", "n_embd", "vocab_size")}
-        if sizes["vocab_size"] in (50304, 384):  # GPT-2's or bytes, with someone else's padding
-            sizes["vocab_size"] = 50257 if sizes["vocab_size"] == 50304 else 257
-        weights = {}
+        sizes.update(block_size=config["n_positions"])
+        # Someone else's padding of GPT-2's vocabulary, or of bytes, goes
+        sizes["vocab_size"] = {50304: 50257, 384: 257}.get(sizes["vocab_size"], sizes["vocab_size"])
         for file in sorted(folder.glob("model-*.safetensors")) or [folder / "model.safetensors"]:
             for name, value in load_file(file).items():
-                if name.endswith((".attn.bias", ".attn.masked_bias")):
-                    continue  # the causal mask, which older versions stored
-                if not name.startswith(("transformer.", "lm_head.")):
+                if not name.startswith(("transformer.", "lm_head.")):  # so OpenAI's on the hub
                     name = f"transformer.{name}"
-                weights[name] = value.t() if name.endswith(TRANSPOSED) else value
-        return dict(sizes, block_size=config["n_positions"]), weights
+                if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask
+                    weights[name] = value.t() if name.endswith(TRANSPOSED) else value
+        return sizes, weights
     except Exception as error:  # a damaged or foreign file fails in any layer
         reason = f"{folder} can't be read as a GPT-2's ({error!r:.200})"
         raise UserError(f"{reason}; get it again") from error
 
-
 def write_model(folder: Path, sizes: dict, weights: dict) -> None:
-    """Write a folder that transformers' GPT2LMHeadModel.from_pretrained opens. It appears whole or
-    not at all. Raises UserError when it holds something already, or can't be written."""
+    """Write a folder that transformers' GPT2LMHeadModel.from_pretrained opens. Raises UserError."""
     from safetensors.torch import save_file
 
     V, state = sizes["vocab_size"], {}
@@ -303,37 +252,23 @@ def write_model(folder: Path, sizes: dict, weights: dict) -> None:
         n_positions=sizes["block_size"], n_layer=sizes["n_layer"], n_head=sizes["n_head"],
         n_embd=sizes["n_embd"], embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
     )  # fmt: skip
-    partial = folder.absolute().with_name(f".{folder.name}.tmp")
+    partial = folder.absolute().with_name(f".{folder.name}.tmp")  # it appears whole or not at all
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--export {folder} is there already; choose another folder")
     try:
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"--export {folder} is there already; choose another folder")
         partial.mkdir(parents=True, exist_ok=True)
         save_file(state, partial / "model.safetensors", metadata=dict(format="pt"))
         for name, content in ("config.json", config), ("generation_config.json", special):
             (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
+        folder.rmdir() if folder.exists() else None
         partial.rename(folder)
-    except UserError:
-        raise
     except Exception as error:  # of the disk, or of safetensors
+        shutil.rmtree(partial, ignore_errors=True)
         reason = f"--export {folder} can't be written ({error})"
         raise UserError(f"{reason}; choose another folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
-
-# ------------------------------------------------------------------------------------------------
-# Command line
-
-
-class FlagParser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; --help lists the flags")
-
-
+# === Command line ===
 def parse_flags(argv: list[str] | None):
-    """The command line, checked. Raises UserError."""
     parser = FlagParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--file", type=Path, help=f"a local .jsonl ({DATASET}, {SPLIT}, from the Hugging Face hub)")
@@ -344,44 +279,41 @@ def parse_flags(argv: list[str] | None):
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="autocast precision (the best)")
     args = parser.parse_args(argv)
     for name, low in ("limit", 1), ("show", 0):
-        value = getattr(args, name)
-        if value is not None and value < low:
+        if (value := getattr(args, name)) is not None and value < low:
             raise UserError(f"--{name} {value} is not a number of at least {low}")
     if args.show and args.model is None:
         raise UserError("--show needs a model to show the choices of; see --model")
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("hellaswag.py runs as one process; start it without torchrun")
     return args
 
-
 def run(args) -> None:
     """Do what the flags say. The model comes first: without one, nothing is fetched or written."""
-    if args.model is None:
-        prepare(FILE, args.file)
-        read_questions(FILE)
-        return
-    import train_gpt2
-    from tqdm import tqdm
+    if args.model is not None:
+        import train_gpt2
 
-    device = train_gpt2.choose_device(args.device)
-    dtype = args.dtype or train_gpt2.native_dtype(device)
-    model = train_gpt2.GPT2.from_pretrained(args.model).to(device)
-    if model.config.vocab_size < 50257:
-        few = f"{args.model} has a vocabulary of {model.config.vocab_size}"
-        raise UserError(f"{few}; HellaSwag is in GPT-2's 50257 tokens")
+        device = train_gpt2.choose_device(args.device)
+        dtype = args.dtype or train_gpt2.native_dtype(device)
+        model = train_gpt2.GPT2.from_pretrained(args.model).to(device)
+        if model.config.vocab_size < 50257:
+            V = model.config.vocab_size
+            raise UserError(f"{args.model} has a vocabulary of {V}; HellaSwag is in GPT-2's 50257")
     prepare(FILE, args.file)
     questions = read_questions(FILE)[: args.limit]
+    if args.model is None:
+        return
+    from tqdm import tqdm
+
     progress = functools.partial(tqdm, desc="hellaswag", unit=" batches", disable=None)
     half = torch.float16 if dtype == "fp16" else torch.bfloat16
     with torch.autocast(device.type, half, enabled=dtype != "fp32"):
         if args.show:
             show(questions[: args.show], *scores(model, questions[: args.show], device))
-        acc, acc_norm = (n / len(questions) for n in count_hits(model, questions, device, progress))
+        hits = count_hits(model, questions, device, progress)
+    acc, acc_norm = (n / len(questions) for n in hits)
     print(f"hellaswag | {len(questions)} examples | acc {acc:.4f} | acc_norm {acc_norm:.4f}")
 
-
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Returns the exit code."""
     try:
         run(parse_flags(argv))
         return 0
@@ -392,7 +324,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # questions may hold what the terminal can't show

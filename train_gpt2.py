@@ -3,11 +3,10 @@
     python train_gpt2.py                         # one GPU, a Mac, or just a CPU
     torchrun --nproc_per_node=8 train_gpt2.py    # eight GPUs; several nodes work alike
     python train_gpt2.py --generate "def "       # let the newest checkpoint write
-    python train_gpt2.py --help                  # every flag
 
 The model is GPT-2 as published (Radford et al., 2019, "Language Models are Unsupervised Multitask
 Learners"), the recipe GPT-3's (Brown et al., 2020, arXiv:2005.14165). In shapes, B is sequences,
-T tokens, C channels, V the vocabulary. What a user can put right is raised as a UserError.
+T tokens, C channels, V the vocabulary.
 """
 
 import argparse
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -41,99 +40,97 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets all three
 FINEWEB_DATA, DEMO_DATA = Path("edu_fineweb10B"), Path("python_stdlib")
 HELLASWAG_FILE = Path("hellaswag/hellaswag_val.bin")
 ENCODINGS = {"gpt2": 50257, "bytes": 257}  # those of fineweb.py, and their vocabularies
+DTYPES = ("bf16", "fp16", "fp32")
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 MODELS = {  # GPT-2's sizes, with the peak rates GPT-3 had at them (its table 2.1)
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, max_lr=6e-4),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4),
-    "demo": dict(  # for two CPU cores and a few minutes
-        n_layer=2, n_head=4, n_embd=128, block_size=128, pad_vocab=False, total_batch_size=2048,
-        max_lr=6e-3, min_lr=1e-4, warmup_steps=100, max_steps=3000, val_every=500,
+    "demo": dict(n_layer=2, n_head=4, n_embd=128, block_size=128, pad_vocab=False, max_lr=6e-3,
+        min_lr=1e-4, warmup_steps=100, max_steps=3000, total_batch_size=2048, val_every=500,
         val_tokens=131072, sample_every=1000, checkpoint_every=500, print_every=10,
-        prompt="def ", num_samples=2, max_new_tokens=400, temperature=0.8,
-    ),
-}  # fmt: skip
+        prompt="def ", num_samples=2, max_new_tokens=400, temperature=0.8),
+}
 
 def flag(default, help, kind=None, low=None, choices=None):
-    """A field that is a flag, too. A default of None means auto, and needs the `kind` of value."""
+    """A field that is a flag, too. A default of None means auto, and needs a `kind`."""
     about = dict(help=help, kind=kind or type(default), low=low, choices=choices)
     return field(default=default, metadata=about)
 
 @dataclass
 class GPT2Config:
-    vocab_size: int = 50257  # 50,000 merges + 256 bytes + <|endoftext|>; no flag: the data say
+    vocab_size: int = 50257  # 50,000 merges, 256 bytes, <|endoftext|>; the data say
     n_layer: int = flag(12, "transformer blocks", low=1)
     n_head: int = flag(12, "attention heads; must divide n_embd", low=1)
     n_embd: int = flag(768, "channels of the residual stream", low=1)
     block_size: int = flag(1024, "longest context in tokens", low=1)
-    pad_vocab: bool = flag(True, "fill the vocabulary up to a multiple of 128: faster")
-    # How to compute the model, not which: these two may change when a run goes on
+    pad_vocab: bool = flag(True, "pad the vocabulary to a multiple of 128: faster")
     attention: str | None = flag(None, "(auto: the faster)", str, choices=("flash", "manual"))
-    activation_checkpointing: bool = flag(False, "compute blocks twice, to save their memory")
-
+    activation_checkpointing: bool = flag(False, "compute blocks twice, to save memory")
     @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // 128) * 128 if self.pad_vocab else self.vocab_size
 
 @dataclass
 class TrainConfig(GPT2Config):
-    data: str | None = flag(None, "folder of shards (auto: edu_fineweb10B, or a demo)", str)
-    shuffle: bool = flag(True, "a new random order of windows each epoch; off: in file order")
+    data: str | None = flag(None, "folder of shards (auto: edu_fineweb10B, or demo)", str)
+    shuffle: bool = flag(True, "a new order each epoch; off: file order")
     model: str | None = flag(None, "named size (auto: gpt2, or demo)", str, choices=MODELS)
-    init_from: str = flag("scratch", "or weights: gpt2 … gpt2-xl, a folder, a model_*.pt")
-    total_batch_size: int = flag(2**19, "tokens an optimiser step, over all processes", low=1)
+    init_from: str = flag("scratch", "or weights: gpt2 … gpt2-xl, folder, model_*.pt")
+    total_batch_size: int = flag(2**19, "tokens an optimiser step", low=1)
     micro_batch_size: int | None = flag(None, "sequences at a time (auto: what fits)", int, low=1)
     sequence_length: int | None = flag(None, "tokens each (auto: the block size)", int, low=1)
     max_lr: float = flag(6e-4, "peak learning rate", low=0)
     min_lr: float | None = flag(None, "final one (auto: a tenth of the peak)", float, low=0)
     warmup_steps: int = flag(715, "steps of linear warm-up", low=0)
-    max_steps: int = flag(19073, "optimiser steps; 19073 of 2^19 tokens are 10 billion", low=1)
+    max_steps: int = flag(19073, "optimiser steps; 19073 × 2^19 tokens are 10 billion", low=1)
     weight_decay: float = flag(0.1, "of AdamW, on matrices and embeddings", low=0)
     grad_clip: float = flag(1.0, "largest global gradient norm; 0: no clipping", low=0)
-    device: str | None = flag(None, "cpu, cuda, cuda:1, mps (auto: the fastest there is)", str)
-    dtype: str | None = flag(None, "autocast (auto: the best)", str, choices=("bf16", "fp16", "fp32"))
+    device: str | None = flag(None, "cpu, cuda, cuda:1, mps (auto: the fastest)", str)
+    dtype: str | None = flag(None, "of autocast (auto: best)", str, choices=DTYPES)
     tf32: bool | None = flag(None, "TensorFloat-32 for float32 (auto: on CUDA)", bool)
     compile: bool | None = flag(None, "torch.compile (auto: on CUDA, but for the demo)", bool)
     fused_adamw: bool | None = flag(None, "AdamW in one kernel (auto: on CUDA and CPU)", bool)
     val_every: int = flag(250, "steps between validations; 0: never", low=0)
     val_tokens: int = flag(10485760, "tokens a validation", low=1)
-    hellaswag_every: int = flag(250, "steps between HellaSwag evaluations; 0: never", low=0)
+    hellaswag_every: int = flag(250, "steps between HellaSwags; 0: never", low=0)
     sample_every: int = flag(250, "steps between samples; 0: never", low=0)
     prompt: str = flag("Hello, I'm a language model,", "what the samples begin with")
-    print_every: int = flag(1, "steps between lines on the screen; log.txt has every one", low=1)
-    log_dir: str | None = flag(None, "folder of log and checkpoints (auto: log, log_demo)", str)
+    print_every: int = flag(1, "steps between lines on the screen", low=1)
+    log_dir: str | None = flag(None, "of log and checkpoints (auto: log, log_demo)", str)
     checkpoint_every: int = flag(1000, "steps between checkpoints; 0: never", low=0)
     keep_checkpoints: int = flag(2, "newest checkpoints to keep; 0: all", low=0)
-    seed: int = flag(1337, "of the first weights, the order of the data and samples", low=0)
-    deterministic: bool = flag(False, "bitwise-repeatable kernels on CUDA, too: slower")
-    generate: str | None = flag(None, "print samples that go on from this, and exit", str)
-    export: str | None = flag(None, "write a Hugging Face folder of this name, and exit", str)
+    seed: int = flag(1337, "of first weights, data order and samples", low=0)
+    deterministic: bool = flag(False, "repeatable to the bit on CUDA, too: slower")
+    generate: str | None = flag(None, "print samples that go on from it, and exit", str)
+    export: str | None = flag(None, "write this folder for Hugging Face, and exit", str)
     num_samples: int = flag(4, "samples to draw", low=1)
     max_new_tokens: int = flag(64, "tokens a sample", low=1)
     temperature: float = flag(1.0, "of the samples; 0: always the likeliest token", low=0)
-    top_k: int = flag(50, "sample among the k likeliest tokens; 0: among all", low=0)
+    top_k: int = flag(50, "of the k likeliest tokens; 0: of all", low=0)
 
 class UserError(ValueError):
-    """What the person at the keyboard can put right: one `error:` line and exit code 2."""
+    """What a user can put right: one `error:` line and exit code 2."""
 
-def require(condition, message: str) -> None:
+def require(condition, message: str):
     if not condition:
         raise UserError(message)
 
 @contextlib.contextmanager
 def user_error(what: str, advice: str):
-    """Let what fails inside, in whatever layer, end in a UserError: what, why, what to do."""
+    """Let what fails inside end in a UserError: what, why, what to do."""
     try:
         yield
     except Exception as error:
+        if isinstance(error, UserError):
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        message = str(error) if isinstance(error, UserError) else f"{what} ({reason:.250}); {advice}"
-        raise UserError(message) from error
+        raise UserError(f"{what} ({reason:.250}); {advice}") from error
 
 @contextlib.contextmanager
 def unfinished(path: Path):
-    """Give a name to write to, which becomes `path` if all goes well, and else is removed."""
+    """Give a name to write to, which becomes `path` if all goes well."""
     partial = path.with_name("unfinished.tmp")
     try:
         yield partial
@@ -143,11 +140,11 @@ def unfinished(path: Path):
     finally:
         partial.unlink(missing_ok=True)
 
-def say(message: str) -> None:
+def say(message: str):
     if RANK == 0:
         print(message, flush=True)
 
-# === Model: parameter names are those of OpenAI's checkpoint, so that weights travel ===
+# === Model: parameters are named as OpenAI's, so that weights travel ===
 class CausalSelfAttention(nn.Module):
     """Tokens exchange information: each gathers, per head, a weighted mean of what it and those
     before it offer (Vaswani et al., 2017, arXiv:1706.03762, §3.2)."""
@@ -156,7 +153,6 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.attention = config.n_head, config.attention
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k, v of all heads at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-
     def forward(self, x):  # (B, T, C) -> (B, T, C)
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
@@ -176,7 +172,6 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.gelu = nn.GELU(approximate="tanh")  # erf was slow in 2019; the weights expect this
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-
     def forward(self, x):  # (B, T, C) -> (B, T, C)
         return self.c_proj(self.gelu(self.c_fc(x)))
 
@@ -190,7 +185,6 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
-
     def forward(self, x):  # (B, T, C) -> (B, T, C)
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
@@ -205,44 +199,36 @@ class GPT2(nn.Module):
             wpe=nn.Embedding(config.block_size, config.n_embd),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd),
-        ))  # fmt: skip
+        ))
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        # Weight tying: words that mean alike should lie close where they are read and where they are
-        # predicted (Press & Wolf, 2017, arXiv:1608.05859). This matrix is 31% of the 124M model.
+        # Weight tying: words that mean alike should lie close where they are read and where they
+        # are predicted (Press & Wolf, 2017, arXiv:1608.05859). It saves 31% of the 124M model.
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
-
     @torch.no_grad()
     def init_weights(self):
         for name, p in self.named_parameters():
             if p.dim() == 1:  # LayerNorm gains start at one, biases at zero
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
             elif name.endswith("c_proj.weight"):
-                # 2·n_layer branches add into the residual stream: 1/√(2·n_layer) keeps its
-                # variance from growing
+                # 2·n_layer branches add into the stream: 1/√(2·n_layer) keeps its variance
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
             else:
                 p.normal_(std=0.02)
-        # No token reads the rows past the vocabulary, and no logit comes from them: they stay zero
+        # The padding's rows are never read, and make no logit: they stay zero
         self.transformer.wte.weight[self.config.vocab_size :] = 0.0
-
     @classmethod
     def from_pretrained(cls, what: str) -> "GPT2":
-        """The model of `--init_from what`."""
         config, weights = read_pretrained(what)
         return load_weights(cls(config), weights, what)
-
     def num_params(self) -> int:
         """Parameters of the published model: tied weights count once, padding not at all."""
         padding = self.config.padded_vocab_size - self.config.vocab_size
         return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
-
     def flops_per_token(self, T: int) -> int:
-        """FLOPs to train on one of T tokens: a multiply and an add per parameter forward, twice
-        that backward, and 12·L·C·T for attention (PaLM, arXiv:2204.02311, appendix B)."""
+        """FLOPs to train on one of T tokens (PaLM, arXiv:2204.02311, appendix B)."""
         multiplied = self.num_params() - self.transformer.wpe.weight.numel()
         return 6 * multiplied + 12 * self.config.n_layer * self.config.n_embd * T
-
     def hidden(self, idx):
         """Token ids (B, T), T at most the block size -> final hidden states (B, T, C)."""
         pos = torch.arange(idx.size(1), device=idx.device)
@@ -251,16 +237,14 @@ class GPT2(nn.Module):
         for block in self.transformer.h:
             x = checkpoint(block, x, use_reentrant=False) if again else block(x)
         return self.transformer.ln_f(x)
-
     def logits(self, x):
         """Final hidden states (..., C) -> logits (..., padded V)."""
         if not self.config.pad_vocab:
             return self.lm_head(x)
-        # -inf for the padding: cut off, it would leave rows of an odd length, which slow a GPU down
+        # -inf for the padding: without it rows have an odd length, which is slow
         rows = torch.arange(self.config.padded_vocab_size, device=x.device)
         hide = torch.where(rows < self.config.vocab_size, 0.0, -torch.inf).to(x.dtype)
         return F.linear(x, self.lm_head.weight, hide)
-
     def forward(self, idx, targets=None):
         """Token ids (B, T) -> (logits (B, T, V), None). With targets (B, T): (None, loss), the mean
         cross-entropy in nats a token; targets of -100 do not count."""
@@ -269,7 +253,6 @@ class GPT2(nn.Module):
             return logits[..., : self.config.vocab_size], None
         # No logits here: a compiled backward pass would carry zeros (B, T, V) for them
         return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
         """Continue each row of idx (B, T) -> (B, T + max_new_tokens). Temperature 0 is greedy,
@@ -283,19 +266,19 @@ class GPT2(nn.Module):
             drawn = torch.multinomial(probs, 1, generator=generator)
             idx = torch.cat((idx, tokens.gather(1, drawn)), dim=1)
         return idx
-
     def configure_optimizers(self, weight_decay: float, learning_rate: float, fused: bool = False):
         """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101) with GPT-3's settings. Matrices and
         embeddings decay; biases and LayerNorm gains, which no product makes large, do not."""
         decay = [p for p in self.parameters() if p.dim() >= 2]
         no_decay = [p for p in self.parameters() if p.dim() < 2]
-        groups = [dict(params=decay, weight_decay=weight_decay), dict(params=no_decay, weight_decay=0)]
+        groups = [dict(params=decay, weight_decay=weight_decay)]
+        groups += [dict(params=no_decay, weight_decay=0.0)]
         how = dict(betas=(0.9, 0.95), eps=1e-8, fused=fused or None)  # None: torch picks kernels
         return torch.optim.AdamW(groups, lr=learning_rate, **how)
 
-# === Tokens: shards on disk, and the rule that says which of them a step sees ===
+# === Tokens, and which of them a step sees ===
 def find_shards(folder: Path, split: str) -> list[Path]:
-    """The shards of a split, "train" or "val", in file order: NAME_SPLIT_000000.npy, or .bin."""
+    """The shards of a split, "train" or "val", in file order."""
     name = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")
     return sorted(path for path in folder.glob("*") if name.fullmatch(path.name))
 
@@ -306,17 +289,16 @@ def read_manifest(folder: Path) -> dict:
         return dict(encoding=encoding, vocab_size=ENCODINGS[encoding])
     with user_error(f"{path} is no manifest of token shards", "make the data again"):
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        known = type(manifest["encoding"]) is str and manifest["vocab_size"] in range(1, 65537)
-        require(known, f"{path} is no manifest of token shards; make the data again")
+        if type(manifest["encoding"]) is not str or manifest["vocab_size"] not in range(1, 65537):
+            raise ValueError("no encoding, or no vocab_size of up to 65536")
         return manifest
 
 def read_shard(path: Path) -> np.ndarray:
     """Memory-map the tokens of a shard: a one-dimensional uint16 .npy, or a .bin of llm.c or
-    modded-nanogpt (256 int32 of header: 20240520, version 1, token count; then uint16)."""
+    modded-nanogpt (256 int32 of header, then uint16)."""
     with user_error(f"{path} is no token shard", "make it again, or remove it"):
         if path.suffix == ".npy":
-            with np.errstate(over="ignore"):  # a header may claim any size
-                tokens = np.load(path, mmap_mode="r")
+            tokens = np.load(path, mmap_mode="r")
         else:
             header = np.fromfile(path, dtype="<i4", count=256)
             known = len(header) == 256 and header[0] == 20240520 and header[1] == 1
@@ -325,25 +307,23 @@ def read_shard(path: Path) -> np.ndarray:
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
         kind = f"{tokens.ndim}-dimensional {tokens.dtype}"
         require(tokens.dtype == np.uint16 and tokens.ndim == 1, f"{path} holds {kind}, not uint16")
-        return np.asarray(tokens)  # still mapped; slices of a plain array are cheaper
+        return np.asarray(tokens)  # still mapped
 
 @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
-def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of n windows in an epoch, by RandomState: NumPy promises that its numbers stay."""
+def permutation(n: int, seed: int, epoch: int) -> np.ndarray:  # RandomState's are frozen
     generator = np.random.RandomState(np.random.MT19937([seed, epoch]))
     return generator.permutation(n).astype(np.uint32)
 
 class DataLoaderLite:
     """Serves windows of T + 1 tokens, without any state: a step's number tells which ones it sees.
-
-    A shard of n tokens holds ⌊(n-1)/T⌋ windows; those of all shards are numbered 0 … W-1 in file
-    order. Sample s is window π(s mod W), π a permutation drawn from the seed and the epoch ⌊s/W⌋
+    A shard of n tokens holds (n-1)//T windows; those of all shards are numbered 0 … W-1 in file
+    order. Sample s is window π(s mod W), π a permutation drawn from the seed and the epoch s//W
     (the identity without `shuffle`). Micro-batch i, counted from the start of the run, gives rank
     r of R the samples (i·R + r)·B + 0 … B-1: a step sees the same samples whatever B and R, and
-    wherever the run was interrupted. Raises UserError for a file that is no shard, too few tokens
-    for a window, or a token outside the vocabulary.
-    """
-    def __init__(self, files, B, T, rank=0, world_size=1, seed=1337, shuffle=True, vocab_size=50257):
+    wherever the run was interrupted. Raises UserError for shards that are none or too few."""
+    def __init__(
+        self, files, B, T, rank=0, world_size=1, seed=1337, shuffle=True, vocab_size=50257
+    ):
         self.files, self.B, self.T, self.rank, self.world_size = files, B, T, rank, world_size
         self.seed, self.shuffle, self.vocab_size = seed, shuffle, vocab_size
         self.shards = [read_shard(path) for path in files]
@@ -355,13 +335,11 @@ class DataLoaderLite:
         require(self.num_windows > 0, f"{files[0]}: {few}")
         for i, shard in enumerate(self.shards):
             self.checked(shard[: 2**16], i)  # another encoding shows at once
-
     def checked(self, tokens: np.ndarray, shard: int) -> np.ndarray:
         if tokens.max(initial=0) >= self.vocab_size:
             beyond = f"token {tokens.max()} is beyond a vocabulary of {self.vocab_size}"
             raise UserError(f"{self.files[shard]}: {beyond}; see --data")
         return tokens
-
     def window(self, s: int) -> np.ndarray:
         """The T + 1 tokens of sample s, uint16."""
         epoch, k = divmod(s, self.num_windows)
@@ -370,7 +348,6 @@ class DataLoaderLite:
         shard = int(np.searchsorted(self.first_window, k, side="right")) - 1
         start = (k - self.first_window[shard]) * self.T
         return self.checked(self.shards[shard][start : start + self.T + 1], shard)
-
     def batch(self, i: int) -> torch.Tensor:
         """This rank's part of micro-batch i, int64 (2, B, T): inputs, and targets one token on."""
         first = (i * self.world_size + self.rank) * self.B
@@ -382,9 +359,8 @@ def to_device(z: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Send a tensor on its way: from pinned memory, a GPU fetches it while the program goes on."""
     return z.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else z.to(device)
 
-# === Validation and samples: they touch no random number that training uses ===
+# === Validation and samples ===
 def sum_over_ranks(values: list[float], device) -> list[float]:
-    """Add up each value over all ranks; every rank gets the sums."""
     if not dist.is_initialized():
         return values
     total = torch.tensor(values, dtype=torch.float64, device=device)
@@ -393,17 +369,15 @@ def sum_over_ranks(values: list[float], device) -> list[float]:
 
 @torch.no_grad()
 def validation_loss(model, loader: DataLoaderLite, val_tokens: int, device, progress=iter) -> float:
-    """Mean loss, nats a token, over the loader's first `val_tokens` tokens, the same whatever the
-    batch and the number of ranks. `progress` may wrap the range of batches, to end it early."""
+    """Mean loss, nats a token, over the first `val_tokens` tokens. `progress` may end it early."""
     num_windows = min(loader.num_windows, max(1, val_tokens // loader.T))
-    losses = []  # of each batch: the mean loss, and how many windows count
+    losses = []  # (mean loss, windows) of each batch
     for i in progress(range(math.ceil(num_windows / (loader.B * loader.world_size)))):
         count = min(loader.B, num_windows - (i * loader.world_size + loader.rank) * loader.B)
         if count > 0:
             batch = loader.batch(i)
-            batch[1, count:] = -100  # the rest fills up the batch: a compiled model sees one shape
-            x, y = to_device(batch, device)
-            losses.append((model(x, y)[1], count))
+            batch[1, count:] = -100  # they fill up the batch: one shape to compile
+            losses.append((model(*to_device(batch, device))[1], count))
     total = sum(loss.item() * count for loss, count in losses)  # only now: to read is to wait
     return sum_over_ranks([total], device)[0] / num_windows
 
@@ -413,23 +387,24 @@ def encode_prompt(encoding, prompt: str, block_size: int) -> list[int]:
     require(len(tokens) <= block_size, many)
     return tokens
 
-def print_samples(model: GPT2, encoding, cfg: TrainConfig, prompt: str, seed: int) -> None:
-    """Print `cfg.num_samples` continuations of a prompt, without what would upset a terminal."""
-    tokens, device = encode_prompt(encoding, prompt, model.config.block_size), model.lm_head.weight.device
+def print_samples(model: GPT2, encoding, cfg: TrainConfig, prompt: str, seed: int):
+    """Print continuations of a prompt, but nothing that upsets a terminal."""
+    device = model.lm_head.weight.device
+    tokens = encode_prompt(encoding, prompt, model.config.block_size)
     idx = torch.tensor([tokens] * cfg.num_samples, device=device)
-    how = cfg.max_new_tokens, cfg.temperature, cfg.top_k, torch.Generator(device).manual_seed(seed)
-    for i, row in enumerate(model.generate(idx, *how).tolist()):
+    generator = torch.Generator(device).manual_seed(seed)
+    rows = model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, generator)
+    for i, row in enumerate(rows.tolist()):
         text = (c if c.isprintable() or c in "\n\t" else "\ufffd" for c in encoding.decode(row))
         say(f"--- sample {i}\n{''.join(text)}")
 
-# === Devices ===
-PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L4": 121, "T4": 65}
-
+# === Devices, and how much of a batch fits ===
 def peak_flops(cfg: TrainConfig) -> float:
-    """FLOP/s of all devices at best, dense, in 16 bits: the 100% of MFU. 0 where not known."""
-    words = torch.cuda.get_device_name().split() if "cuda" in cfg.device else []  # NVIDIA H100 …
+    """FLOP/s of all devices at best, in 16 bits: the 100% of MFU. 0 where not known."""
+    tera = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L4": 121, "T4": 65}
+    words = re.split(r"[ -]", torch.cuda.get_device_name()) if "cuda" in cfg.device else []
     slower = cfg.dtype == "fp32" or {"PCIe", "NVL"} & {*words}
-    return 0 if slower else sum(PEAK_TFLOPS.get(w.split("-")[0], 0) for w in words) * 1e12 * WORLD_SIZE
+    return 0 if slower else sum(tera.get(word, 0) for word in words) * 1e12 * WORLD_SIZE
 
 def choose_device(name: str | None) -> torch.device:
     mps = torch.backends.mps.is_available() and WORLD_SIZE == 1
@@ -444,8 +419,7 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(f"cuda:{index}" if kind == "cuda" else kind)
 
 def native_dtype(device: torch.device) -> str:
-    """What multiplies fastest without harm: bf16 has float32's range; fp16 needs a scaler."""
-    if device.type == "cuda":
+    if device.type == "cuda":  # bf16 has float32's range; fp16 needs a scaler
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16" if device.type == "cpu" and on_cpu else "fp32"
@@ -453,44 +427,33 @@ def native_dtype(device: torch.device) -> str:
 def resolve(cfg: TrainConfig) -> torch.device:
     """Fill in what was left to auto -> the device."""
     device = choose_device(cfg.device)
-    cuda, cpu, dtype = device.type == "cuda", device.type == "cpu", cfg.dtype or native_dtype(device)
+    cuda, cpu, cfg.device = device.type == "cuda", device.type == "cpu", str(device)
+    cfg.dtype = cfg.dtype or native_dtype(device)
     demo = cfg.data is None and not find_shards(FINEWEB_DATA, "train")
     auto = dict(
         data=str(DEMO_DATA if demo else FINEWEB_DATA), log_dir="log_demo" if demo else "log",
-        model="gpt2", sequence_length=cfg.block_size, min_lr=0.1 * cfg.max_lr, dtype=dtype,
-        attention="manual" if cpu and dtype == "bf16" else "flash",  # which is slow at that
+        model="gpt2", sequence_length=cfg.block_size, min_lr=0.1 * cfg.max_lr,
+        attention="manual" if cpu and cfg.dtype == "bf16" else "flash",  # which is slow at that
         tf32=cuda, compile=cuda and cfg.model != "demo", fused_adamw=cuda or cpu,
-    )  # fmt: skip
+    )
     for name in (name for name in auto if getattr(cfg, name) is None):
         setattr(cfg, name, auto[name])
-    cfg.device = str(device)
     return device
 
-def check(cfg: TrainConfig) -> None:
-    """Raises UserError where flags contradict each other, or what there is."""
+def check(cfg: TrainConfig):
     C, T, B = cfg.n_embd, cfg.sequence_length, cfg.micro_batch_size or 1
-    total, part, params = cfg.total_batch_size, B * T * WORLD_SIZE, 12 * cfg.n_layer * C**2
+    total, part = cfg.total_batch_size, B * T * WORLD_SIZE
     parts = f"{B} sequences × {T} tokens × {WORLD_SIZE} processes = {part}"
     folder = next(p for p in (Path(cfg.log_dir) / "_").absolute().parents if p.exists())
     require(C % cfg.n_head == 0, f"--n_embd {C} is not a multiple of --n_head {cfg.n_head}")
-    require(params + C * cfg.block_size < 10**12, "no machine holds this; lower --n_layer, --n_embd")
-    require(T <= cfg.block_size, f"--sequence_length {T} exceeds --block_size {cfg.block_size}")
+    require(cfg.block_size >= T, f"--sequence_length {T} exceeds --block_size {cfg.block_size}")
     require(total % part == 0, f"--total_batch_size {total} is not a multiple of {parts}")
     require(cfg.warmup_steps <= cfg.max_steps, "--warmup_steps exceeds --max_steps")
     require(cfg.min_lr <= cfg.max_lr, f"--min_lr {cfg.min_lr} exceeds --max_lr {cfg.max_lr}")
     require(folder.is_dir() and os.access(folder, os.W_OK), f"--log_dir: {folder} can't be written")
 
-def can_compile(device: torch.device) -> bool:
-    """Try torch.compile on next to nothing: it needs Triton for a GPU, a C++ compiler for a CPU."""
-    try:
-        torch.compile(torch.square)(torch.ones(8, device=device))
-        return True
-    except Exception as error:  # the reasons are as many as the platforms
-        say(f"torch.compile can't be used here ({repr(error):.100}); training without it")
-        return False
-
 def fit_micro_batch(run, forward) -> int:
-    """The micro-batch B: the one asked for, or a guess at what fits; less while memory runs out."""
+    """The micro-batch B: what is asked for, or a guess; less while memory runs out."""
     T, tokens = run.cfg.sequence_length, 2**12
     if run.device.type == "cuda":  # 2^16 keep any GPU busy; 124M parameters take 60 GB for them
         share = torch.cuda.mem_get_info()[0] / 60e9 * 124e6 / run.model.num_params()
@@ -502,25 +465,30 @@ def fit_micro_batch(run, forward) -> int:
         if sum_over_ranks([micro_batch_fits(B, run, forward)], run.device)[0] == WORLD_SIZE:
             return B
         say(f"out of memory with micro-batches of {B} sequences; trying fewer")
-        torch._dynamo.reset()  # what was compiled for this size counts towards a limit
-    raise UserError(f"no memory for one sequence of {T} tokens; see --activation_checkpointing")
+        torch._dynamo.reset()  # what it compiled counts towards a limit
+    raise UserError(f"no room for one sequence of {T} tokens; see --activation_checkpointing")
 
 def micro_batch_fits(B: int, run, forward) -> bool:
-    """Try two micro-steps: the second adds to gradients that are there."""
+    """Try two micro-steps, of which the second adds to gradients that are there."""
     try:
-        copies = 0 if run.optimizer.state else 2  # stand-ins for AdamW's moments
-        moments = [torch.empty_like(p) for p in run.model.parameters() for _ in range(copies)]
-        x, y = torch.zeros(2, B, run.cfg.sequence_length, dtype=torch.int64, device=run.device)
+        copies = 0 if run.optimizer.state else 2  # AdamW's moments are yet to come
+        moments = [torch.empty_like(p) for p in copies * [*run.model.parameters()]]
+        x, y = torch.zeros(2, B, run.cfg.sequence_length, dtype=int, device=run.device)
         for _ in range(2):
             with run.autocast:
                 loss = forward(x, y)[1]
             loss.backward()
         del moments
         return True
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS raises a plain one
-        if not re.search("out of memory|can't allocate memory", str(error)):
+    except Exception as error:
+        if re.search("out of memory|can't allocate memory", str(error)):
+            return False
+        if not run.cfg.compile:
             raise
-        return False
+        say(f"torch.compile can't be used here ({error!r:.100}); training without it")
+        torch.compiler.set_stance("force_eager")  # no Triton for a GPU, no C++ compiler for a CPU
+        run.cfg.compile = False
+        return micro_batch_fits(B, run, forward)
     finally:
         run.model.zero_grad(set_to_none=True)
 
@@ -530,26 +498,26 @@ class Run:
     def __init__(self, cfg: TrainConfig):
         self.cfg, self.device = cfg, resolve(cfg)
         check(cfg)
-        torch.manual_seed(cfg.seed)  # every rank starts from the same weights
+        torch.manual_seed(cfg.seed)  # the same weights on every rank
         torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         if WORLD_SIZE > 1:
             cuda = self.device.type == "cuda"
-            dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None)
+            device = self.device if cuda else None
+            dist.init_process_group("nccl" if cuda else "gloo", device_id=device)
         self.open_data()
         self.model = initial_model(cfg).to(self.device)
         how = cfg.weight_decay, cfg.max_lr, cfg.fused_adamw
         self.optimizer = self.model.configure_optimizers(*how)
         kind, half = self.device.type, torch.float16 if cfg.dtype == "fp16" else torch.bfloat16
         self.autocast = torch.autocast(kind, half, enabled=cfg.dtype != "fp32")
-        # Small gradients would vanish in fp16: the scaler lifts them into its range
+        # Small gradients would vanish in fp16: they are scaled up
         self.scaler = torch.amp.GradScaler(kind, enabled=cfg.dtype == "fp16")
-        self.step, self.val_loss = 0, None  # steps done before it began; the last validation's
-
-    def open_data(self) -> None:
-        """Open the shards, and what else the flags ask for. Demo data that are not there are made."""
+        self.step, self.val_loss = 0, None  # steps done before; the last validation's
+    def open_data(self):
+        """Open the shards, and what else the flags ask for. Missing demo data are made."""
         cfg, folder, self.encoding, self.questions = self.cfg, Path(self.cfg.data), None, None
         manifest = read_manifest(folder)
         cfg.vocab_size = manifest["vocab_size"]
@@ -559,32 +527,30 @@ class Run:
             except (ImportError, UserError) as error:
                 say(f"no samples: {error}")
         if self.encoding:
-            encode_prompt(self.encoding, cfg.prompt, cfg.block_size)  # too long? then say so now
+            encode_prompt(self.encoding, cfg.prompt, cfg.block_size)
         if cfg.hellaswag_every and manifest["encoding"] == "gpt2":
             there = HELLASWAG_FILE.exists() and Path(__file__).with_name("hellaswag.py").exists()
-            if sum_over_ranks([there], self.device)[0] == WORLD_SIZE:  # nodes have own disks
+            if sum_over_ranks([there], self.device)[0] == WORLD_SIZE:  # on all nodes
                 self.questions = sibling("hellaswag", "read_questions", HELLASWAG_FILE)
             else:
                 say(f"no HellaSwag: {HELLASWAG_FILE} is not there; python hellaswag.py makes it")
         if folder == DEMO_DATA and not folder.exists() and LOCAL_RANK == 0:
             sibling("fineweb", "write_demo_data", folder)
-        sum_over_ranks([0], self.device)  # the others wait for it
+        sum_over_ranks([0], self.device)  # the others wait
         self.train_loader, self.val_loader = map(self.loader, ("train", "val"))
         if not manifest.get("finished", True):
             say(f"{folder} is not finished: so far it has {self.train_loader.num_tokens:,} tokens")
-
     def loader(self, split: str) -> DataLoaderLite:
         cfg, files = self.cfg, find_shards(Path(self.cfg.data), split)
-        require(files, f"--data {cfg.data} holds no {split} shard (NAME_{split}_000000.npy or .bin)")
+        names = f"NAME_{split}_000000.npy or .bin"
+        require(files, f"--data {cfg.data} holds no {split} shard ({names})")
         order = cfg.seed, cfg.shuffle and split == "train", cfg.vocab_size
         return DataLoaderLite(files, 1, cfg.sequence_length, RANK, WORLD_SIZE, *order)
-
     def identity(self) -> dict:  # what must stay from start to start
         names = (*SIZES, "pad_vocab", "seed", "shuffle", "total_batch_size", "sequence_length")
         data = dict(windows=self.train_loader.num_windows, tokens=self.train_loader.num_tokens)
         return {name: getattr(self.cfg, name) for name in names} | data
-
-    def save(self, step: int) -> None:
+    def save(self, step: int):
         """Write model_<step>.pt, the state after `step` steps, whole or not at all; then prune."""
         finite = all(weight.isfinite().all() for weight in self.model.parameters())
         require(finite, f"the weights after step {step - 1} are not finite; lower --max_lr")
@@ -593,24 +559,15 @@ class Run:
             format=2, step=step, val_loss=self.val_loss, config=asdict(self.model.config),
             train_config=asdict(self.cfg), run=self.identity(), model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
-        )  # fmt: skip
-        with user_error(f"{path} can't be written whole", "the one before it stands"):
-            with unfinished(path) as partial:
-                torch.save(state, partial)
+        )
+        full = user_error(f"{path} can't be written whole", "the one before it stands")
+        with full, unfinished(path) as partial:
+            torch.save(state, partial)
         older = [path for other, path in checkpoints(path.parent).items() if other < step]
         for path in older[: max(0, len(older) + 1 - keep)] if keep else ():
             path.unlink()
-
-    def lock(self) -> None:
-        """Keep other runs out of the log folder until the process ends, in whatever way."""
-        with user_error(f"{self.cfg.log_dir} is another run's, or read-only", "choose another"):
-            os.makedirs(self.cfg.log_dir, exist_ok=True)
-            self.file_lock = filelock.FileLock(Path(self.cfg.log_dir, ".lock"))
-            RANK == 0 and self.file_lock.acquire(timeout=5)  # a killed run may take time to die
-
-    def resume(self) -> None:
-        """Put the newest checkpoint back in place, if there is one. Raises UserError when it is
-        another run's, or no run's, or when the processes do not see the same."""
+    def resume(self):
+        """Put the newest checkpoint back in place, if there is one, and if it is this run's."""
         cfg, where, state = self.cfg, self.cfg.log_dir, newest_checkpoint(Path(self.cfg.log_dir))
         seen = [self.identity() | dict(step=state["step"] if state else 0)] * WORLD_SIZE
         if WORLD_SIZE > 1:
@@ -622,15 +579,15 @@ class Run:
         theirs = {**state["config"], **state.get("train_config", {}), **state.get("run", {})}
         for name, ours in self.identity().items():
             old = theirs.get(name, ours)  # format 1 does not know its data
-            differs = f"{where} holds another run: its {name} is {old}, and here {ours}"
-            require(old == ours, f"{differs}; choose another --log_dir, or the old flags and data")
-        past = f"{where} is {state['step']} steps on, past --max_steps {cfg.max_steps}"
-        require(state["step"] <= cfg.max_steps, f"{past}; choose more, or another --log_dir")
+            other = f"{where} holds another run: its {name} is {old}, and here {ours}"
+            require(old == ours, f"{other}; choose another --log_dir, or the old flags and data")
+        past = f"{where} is past --max_steps {cfg.max_steps}; choose more, or another --log_dir"
+        require(state["step"] <= cfg.max_steps, past)
         with user_error(f"{where} holds no run to go on with", "choose another --log_dir"):
             load_weights(self.model, state["model"], where)
             rates = self.optimizer.state_dict()["param_groups"]  # and decay: as the flags say now
             self.optimizer.load_state_dict(dict(state["optimizer"], param_groups=rates))
-            if state["scaler"]:  # empty but for runs in fp16
+            if state["scaler"]:  # in fp16
                 self.scaler.load_state_dict(state["scaler"])
             if cfg.deterministic and not cfg.micro_batch_size:  # other sums round differently
                 cfg.micro_batch_size = state["train_config"]["micro_batch_size"]
@@ -638,17 +595,16 @@ class Run:
         say(f"resuming {where} after {self.step:,} steps")
 
 def sibling(file: str, function: str, *args):
-    """Call a function of a file beside this one, whose UserError becomes ours."""
     try:
         return getattr(importlib.import_module(file), function)(*args)
-    except ValueError as error:
+    except ValueError as error:  # a UserError over there
         raise UserError(str(error)) from error
 
 def initial_model(cfg: TrainConfig) -> GPT2:
     model = GPT2(GPT2Config(**{f.name: getattr(cfg, f.name) for f in fields(GPT2Config)}))
     if cfg.init_from == "scratch":
         return model
-    config, weights = read_pretrained(cfg.init_from)
+    config, weights = cfg.__dict__.pop("pretrained", None) or read_pretrained(cfg.init_from)
     for size in SIZES:
         differs = f"{cfg.init_from} has {size} {getattr(config, size)}, not {getattr(cfg, size)}"
         require(getattr(config, size) == getattr(cfg, size), f"{differs}; see the flags, or --data")
@@ -659,16 +615,16 @@ def checkpoints(log_dir: Path) -> dict[int, Path]:
     return dict(sorted((int(path.stem[6:]), path) for path in paths))
 
 def load_checkpoint(path: Path) -> dict:
-    """What a checkpoint holds: its tensors stay on the disk until used, and none of it is run."""
+    """What a checkpoint holds. Its tensors are mapped, not read, and its code never runs."""
     with user_error(f"{path} can't be read as a checkpoint", "choose another"):
         with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-            require(unpacked <= path.stat().st_size and not archive.testzip(), f"{path} is damaged")
+            require(not archive.testzip(), f"{path} can't be read as a checkpoint: it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        config, shape = GPT2Config(**state["config"]), state["model"]["transformer.wpe.weight"].shape
+        config, weights = GPT2Config(**state["config"]), state["model"]
         known = state["format"] in (1, 2) and type(state["step"]) is int and state["step"] >= 0
         # No model is built of sizes that a file only claims to have
-        fits = shape == (config.block_size, config.n_embd) and config.n_layer <= len(state["model"])
+        shape = weights["transformer.wpe.weight"].shape
+        fits = shape == (config.block_size, config.n_embd) and config.n_layer <= len(weights)
         require(known and fits, f"{path} can't be read as a checkpoint: it is another program's")
         return state
 
@@ -684,7 +640,7 @@ def load_weights(model: GPT2, weights: dict, where: str) -> GPT2:
         return model
 
 def read_pretrained(what: str) -> tuple[GPT2Config, dict]:
-    """Config and state dict of a model_*.pt or a Hugging Face folder, or of gpt2 … gpt2-xl."""
+    """Config and state dict of a model_*.pt, a Hugging Face folder, or gpt2 … gpt2-xl."""
     if Path(what).is_file():
         state = load_checkpoint(Path(what))
         return GPT2Config(**state["config"]), state["model"]
@@ -692,27 +648,40 @@ def read_pretrained(what: str) -> tuple[GPT2Config, dict]:
     return GPT2Config(**sizes), weights
 
 def newest_checkpoint(log_dir: Path) -> dict | None:
-    """The newest checkpoint in a folder that can be read; None where there is none at all."""
-    paths = checkpoints(log_dir)
-    for path in reversed(paths.values()):
+    """The newest checkpoint in a folder that can be read, None where there is none."""
+    paths = checkpoints(log_dir).values()
+    for path in reversed(paths):
         try:
             return load_checkpoint(path)
         except UserError as error:
             say(f"{error}; trying the one before it")
     require(not paths, f"no checkpoint in {log_dir} can be read; choose another --log_dir")
 
-# === The log: lines on the screen, every figure in log.txt, and a picture of it ===
+# === The log, and a picture of it ===
+@contextlib.contextmanager
+def locked(log_dir: Path):
+    """Keep other runs out of a folder."""
+    lock = filelock.FileLock(log_dir / ".lock")
+    with user_error(f"--log_dir {log_dir} is another run's, or read-only", "choose another"):
+        log_dir.mkdir(parents=True, exist_ok=True)
+        if RANK == 0:
+            lock.acquire(timeout=5)  # a killed run may be dying still
+    try:
+        yield
+    finally:
+        lock.release()
+
 def open_log(log_dir: Path, start: int):
-    """Open log.txt to go on at step `start`. Lines from there on go: they will come again."""
+    """Open log.txt to go on at step `start`; lines from there on will come again."""
     path = log_dir / "log.txt"
     with user_error(f"--log_dir {log_dir} can't hold the log of this run", "choose another"):
-        if path.exists() and start == 0:  # a run that left no checkpoint; its log stays
+        if path.exists() and start == 0:  # an old log stays
             path.rename(log_dir / f"log_{path.stat().st_mtime_ns}.txt")
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and int(line.split()[0]) < start]
         with unfinished(path) as partial:
             partial.write_text("".join(kept), encoding="utf-8")
-        return open(path, "ab", buffering=0)  # who follows it sees each step at once
+        return open(path, "ab", buffering=0)
 
 class Progress:
     """The figures of each step: printed, written to log.txt, checked. To read a figure is to wait
@@ -722,38 +691,35 @@ class Progress:
         self.run, self.cfg, self.unread = run, run.cfg, []
         self.delay = 0 if run.device.type == "cpu" else 1  # steps by which figures are read late
         self.signum, self.stopping = 0, False  # a signal that came here; the same on all ranks
-        self.file = open_log(Path(run.cfg.log_dir), run.step) if RANK == 0 else None
+    def __enter__(self):
+        self.file = open_log(Path(self.cfg.log_dir), self.run.step) if RANK == 0 else None
+        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
         self.started = self.clock = time.perf_counter()
-        for signum in signal.SIGINT, signal.SIGTERM:
-            signal.signal(signum, self.note)
-
+        return self
+    def __exit__(self, *exception):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
     def note(self, signum, frame):
-        """Let the loop finish its step and save. A second Ctrl-C stops at once; a second SIGTERM
-        does nothing, since batch systems and torchrun both send one."""
-        self.signum = self.signum or signum
-        if signum == signal.SIGINT:
+        self.signum = self.signum or signum  # torchrun and batch systems both send a SIGTERM
+        if signum == signal.SIGINT:  # a second Ctrl-C stops at once
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-
     def until_signal(self, items):
         return (item for item in items if not self.signum)
-
     def stop_if_signalled(self) -> bool:  # at any rank
         self.stopping = sum_over_ranks([self.signum], self.run.device)[0] > 0
         return self.stopping
-
-    def step(self, t: int, lr: float, loss: torch.Tensor, norm: torch.Tensor) -> None:
+    def step(self, t: int, lr: float, loss: torch.Tensor, norm: torch.Tensor):
         """Take the figures of step t; loss and gradient norm are this rank's, on the device."""
         figures = torch.stack((loss, norm, torch.full_like(norm, self.signum))) / WORLD_SIZE
         if WORLD_SIZE > 1:
             dist.all_reduce(figures)
         copied = None
-        if figures.is_cuda:  # begun now, since a copy waits for all that was asked for before it
+        if figures.is_cuda:  # begun now: a copy waits for all asked for before it
             figures, copied = figures.to("cpu", non_blocking=True), torch.cuda.Event()
             copied.record()
         self.unread.append((t, lr, figures, copied))
         self.read(0 if self.stopping else self.delay)
-
-    def read(self, leave: int = 0) -> None:
+    def read(self, leave: int = 0):
         while len(self.unread) > leave:
             t, lr, figures, copied = self.unread.pop(0)
             if copied:
@@ -769,46 +735,42 @@ class Progress:
             tps = self.cfg.total_batch_size / seconds
             self.record(t, train=loss, lr=lr, norm=norm, tps=tps)
             if t % self.cfg.print_every == 0 or t + 1 == self.cfg.max_steps:
-                figures = f"loss {loss:.4f} | lr {lr:.4e} | norm {norm:.2f} | {seconds * 1e3:.0f} ms"
-                self.say(t, f"{figures} | {tps:,.0f} tok/s | {self.outlook(t, tps)}")
+                speed = f"{seconds * 1e3:.0f} ms | {tps:,.0f} tok/s | {self.outlook(t, tps)}"
+                self.say(t, f"loss {loss:.4f} | lr {lr:.4e} | norm {norm:.2f} | {speed}")
             if t == 0:
-                V, uniform = self.cfg.vocab_size, math.log(self.cfg.vocab_size)
-                say(f"first loss {loss:.4f}; to know nothing costs ln {V} = {uniform:.4f}")
-
+                uniform = f"ln {self.cfg.vocab_size} = {math.log(self.cfg.vocab_size):.4f}"
+                say(f"first loss {loss:.4f}; to know nothing costs {uniform}")
     def outlook(self, t: int, tps: float) -> str:
         a_step = (self.clock - self.started) / (t + 1 - self.run.step)  # with all that is between
         minutes, s = divmod(int(a_step * (self.cfg.max_steps - t - 1)), 60)
         eta = f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{s:02d}s"
         flops, peak = self.run.model.flops_per_token(self.cfg.sequence_length), peak_flops(self.cfg)
         return f"mfu {flops * tps / peak:.1%} | eta {eta}" if peak else f"eta {eta}"
-
-    def say(self, t: int, message: str) -> None:
+    def say(self, t: int, message: str):
         say(f"step {t:5d}/{self.cfg.max_steps} | {message}")
-
-    def record(self, t: int, **streams: float) -> None:
+    def record(self, t: int, **streams: float):
         lines = "".join(f"{t} {name} {value:.8g}\n" for name, value in streams.items()).encode()
         with user_error("log.txt can't be written", "the newest checkpoint stands"):
             if self.file and self.file.write(lines) < len(lines):
                 raise OSError("the disk is full")
 
-HELLASWAG_OF_GPT2 = {768: 0.2945, 1024: 0.3752, 1280: 0.4320, 1600: 0.4889}  # acc_norm, by width
-
-def draw_curves(log_dir: Path, n_embd: int = 768, fineweb: bool = True) -> None:
-    """Draw log.txt as curves.png, beside what is published for this width (and FineWeb-Edu)."""
-    published = dict(train=3.2924 if fineweb and n_embd == 768 else None)
-    published["hella"] = HELLASWAG_OF_GPT2.get(n_embd)
+def draw_curves(log_dir: Path, n_embd: int = 768, fineweb: bool = True):
+    """Draw log.txt as curves.png, beside what is published for this size."""
+    hella = {768: 0.2945, 1024: 0.3752, 1280: 0.4320, 1600: 0.4889}.get(n_embd)  # acc_norm
+    published = dict(train=3.2924 if fineweb and n_embd == 768 else None, hella=hella)
+    points, panels = {}, (("train", "val"), ("hella",), ("norm",), ("tps",))
     try:
         from matplotlib.figure import Figure  # not pyplot, which may look for a screen
 
-        figure, points = Figure(figsize=(12, 8), layout="constrained"), {}
         for line in (log_dir / "log.txt").read_text(encoding="utf-8").splitlines():
             step, stream, value = line.split()
             points.setdefault(stream, []).append((int(step), float(value)))
-        for i, streams in enumerate((["train", "val"], ["hella"], ["norm"], ["tps"]), 1):
-            axes = figure.add_subplot(2, 2, i, xlabel="step", title=" and ".join(streams))
+        figure = Figure(figsize=(12, 8), layout="constrained")
+        for i, streams in enumerate((p for p in panels if points.keys() & {*p}), 1):
+            axes = figure.add_subplot(2, 2, i, xlabel="step")
             for stream in filter(points.get, streams):
-                label = f"{points[stream][-1][1]:.5g} at step {points[stream][-1][0]}"
-                axes.plot(*zip(*points[stream], strict=True), label=f"{stream}: {label}")
+                label = f"{stream}, {points[stream][-1][1]:.5g} now"
+                axes.plot(*zip(*points[stream], strict=True), label=label)
             if published.get(streams[0]):
                 axes.axhline(published[streams[0]], label=f"published: {published[streams[0]]}")
             axes.legend()
@@ -826,31 +788,31 @@ def get_lr(t: int, cfg: TrainConfig) -> float:
     progress = (t - cfg.warmup_steps) / (cfg.max_steps - cfg.warmup_steps)
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.max_lr - cfg.min_lr)
 
-def once_in_a_while(t: int, run: Run, compiled, progress: Progress) -> None:
-    """What is due before step t. All ranks enter, and share the work of validation and HellaSwag,
-    which a signal cuts short; rank 0 does the rest."""
+def once_in_a_while(t: int, run: Run, compiled, progress: Progress):
+    """What is due before step t. All ranks enter; a signal cuts it short."""
     cfg, last = run.cfg, t == run.cfg.max_steps
     often = cfg.val_every, cfg.hellaswag_every, cfg.sample_every, cfg.checkpoint_every
     validate, question, sample, keep = (n > 0 and (t % n == 0 or last) for n in often)
     if not (validate or question or sample or keep or last or progress.stopping):
         return
     progress.read()
-    if validate and not progress.stopping:
-        how = cfg.val_tokens, run.device, progress.until_signal
-        loss = validation_loss(compiled, run.val_loader, *how)
-        if not progress.stop_if_signalled():
-            run.val_loss = loss
-            progress.record(t, val=loss)
-            progress.say(t, f"val loss {loss:.4f}, perplexity {math.exp(min(loss, 99)):.2f}")
-    if question and run.questions and not progress.stopping:
-        mine = run.questions[RANK::WORLD_SIZE], run.device, progress.until_signal
-        hits = sibling("hellaswag", "count_hits", run.model, *mine)
-        acc, acc_norm = (n / len(run.questions) for n in sum_over_ranks(hits, run.device))
-        if not progress.stop_if_signalled():
-            progress.record(t, hella=acc_norm)
-            progress.say(t, f"hellaswag acc {acc:.4f}, acc_norm {acc_norm:.4f}")
-    if RANK == 0 and sample and run.encoding and t > 0 and not progress.stopping:
-        print_samples(run.model, run.encoding, cfg, cfg.prompt, seed=cfg.seed + t)
+    with run.autocast:
+        if validate and not progress.stopping:
+            how = cfg.val_tokens, run.device, progress.until_signal
+            loss = validation_loss(compiled, run.val_loader, *how)
+            if not progress.stop_if_signalled():
+                run.val_loss = loss
+                progress.record(t, val=loss)
+                progress.say(t, f"val loss {loss:.4f}, perplexity {math.exp(min(loss, 99)):.2f}")
+        if question and run.questions and not progress.stopping:
+            mine = run.questions[RANK::WORLD_SIZE], run.device, progress.until_signal
+            hits = sum_over_ranks(sibling("hellaswag", "count_hits", run.model, *mine), run.device)
+            if not progress.stop_if_signalled():
+                acc, acc_norm = (n / len(run.questions) for n in hits)
+                progress.record(t, hella=acc_norm)
+                progress.say(t, f"hellaswag acc {acc:.4f}, acc_norm {acc_norm:.4f}")
+        if RANK == 0 and sample and run.encoding and t > 0 and not progress.stopping:
+            print_samples(run.model, run.encoding, cfg, cfg.prompt, seed=cfg.seed + t)
     if RANK == 0 and t > run.step and (keep or last or progress.stopping):
         if cfg.checkpoint_every:
             run.save(t)
@@ -861,107 +823,104 @@ def train(cfg: TrainConfig) -> int:
     """Train as `cfg` says, going on from the newest checkpoint in its log folder. Returns the exit
     code: 0, or 128 and the number of the signal that stopped it."""
     run = Run(cfg)
-    run.lock()
-    run.resume()
-    # Training and validation have static shapes and compile once each; samples and HellaSwag, whose
-    # shapes vary, call the model itself, which stays eager
-    cfg.compile = cfg.compile and can_compile(run.device)
-    compiled = torch.compile(run.model, dynamic=False) if cfg.compile else run.model
-    ddp = compiled
-    if WORLD_SIZE > 1:
-        ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
-        ddp.require_backward_grad_sync = False  # or a rank out of memory would keep others waiting
-    B = cfg.micro_batch_size = fit_micro_batch(run, ddp)
-    A = cfg.total_batch_size // (B * cfg.sequence_length * WORLD_SIZE)  # micro-steps a step
-    run.train_loader.B = run.val_loader.B = B
-    say(", ".join(f"{f.name} {getattr(cfg, f.name)}" for f in fields(cfg)))
-    say(f"{run.model.num_params():,} parameters, {run.train_loader.num_tokens:,} tokens; {B} sequences"
-        f" × {cfg.sequence_length} tokens × {A} micro-steps × {WORLD_SIZE} processes a step")
-    progress = Progress(run)
-    batch = to_device(run.train_loader.batch(run.step * A), run.device)
+    with locked(Path(cfg.log_dir)):
+        run.resume()
+        # Training and validation compile once each; what has many shapes calls the model itself
+        compiled = torch.compile(run.model, dynamic=False) if cfg.compile else run.model
+        ddp = compiled
+        if WORLD_SIZE > 1:
+            ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
+            ddp.require_backward_grad_sync = False  # or ranks wait for one out of memory
+        B = cfg.micro_batch_size = fit_micro_batch(run, ddp)
+        A = cfg.total_batch_size // (B * cfg.sequence_length * WORLD_SIZE)  # micro-steps a step
+        run.train_loader.B = run.val_loader.B = B
+        say(str(cfg))
+        step = f"{B} sequences × {cfg.sequence_length} tokens × {A} micro-steps"
+        say(f"{run.model.num_params():,} parameters; a step: {step} × {WORLD_SIZE} processes")
+        parameters = list(run.model.parameters())
+        batch = to_device(run.train_loader.batch(run.step * A), run.device)
+        with Progress(run) as progress:
+            for t in range(run.step, cfg.max_steps + 1):
+                once_in_a_while(t, run, compiled, progress)
+                if t == cfg.max_steps or progress.stopping:
+                    break
 
-    for t in range(run.step, cfg.max_steps + 1):
-        with run.autocast:
-            once_in_a_while(t, run, compiled, progress)
-        if t == cfg.max_steps or progress.stopping:
-            break
-
-        # One step, from tokens to new weights
-        lr = get_lr(t, cfg)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        train_loss = 0.0
-        for m in range(A):
-            x, y = batch
-            if WORLD_SIZE > 1:  # ranks exchange gradients once a step, at its last micro-step
-                ddp.require_backward_grad_sync = m == A - 1
-            with run.autocast:
-                # backward() adds gradients up, but the loss is the mean over the whole batch
-                loss = ddp(x, y)[1] / A
-            run.scaler.scale(loss).backward()
-            train_loss += loss.detach()
-            batch = to_device(run.train_loader.batch(t * A + m + 1), run.device)
-        run.scaler.unscale_(run.optimizer)
-        # A batch of odd text can have a gradient many times the usual: cut its length, lest it
-        # throw the weights off
-        norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-        run.optimizer.zero_grad(set_to_none=True)
-        progress.step(t, lr, train_loss, norm)
-
+                # One step, from tokens to new weights
+                lr = get_lr(t, cfg)
+                for group in run.optimizer.param_groups:
+                    group["lr"] = lr
+                train_loss = 0.0
+                for m in range(A):
+                    x, y = batch
+                    if WORLD_SIZE > 1:  # gradients are exchanged once, at the last micro-step
+                        ddp.require_backward_grad_sync = m == A - 1
+                    with run.autocast:
+                        # backward() adds up, but the loss is the mean over the whole batch
+                        loss = ddp(x, y)[1] / A
+                    run.scaler.scale(loss).backward()
+                    train_loss += loss.detach()
+                    batch = to_device(run.train_loader.batch(t * A + m + 1), run.device)
+                run.scaler.unscale_(run.optimizer)
+                # A batch of odd text can have a gradient many times the usual: cut its length,
+                # lest it throw the weights off
+                norm = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
+                run.scaler.step(run.optimizer)
+                run.scaler.update()
+                run.optimizer.zero_grad(set_to_none=True)
+                progress.step(t, lr, train_loss, norm)
     if not progress.stopping:
         return 0
-    saved = "the same command goes on from there" if cfg.checkpoint_every else "nothing is saved"
+    saved = "the same command goes on from there" if cfg.checkpoint_every else "nothing saved"
     say(f"stopped after {t:,} steps; {saved}")
-    return 128 + (progress.signum or signal.SIGTERM)  # which another rank may have caught
+    return 128 + (progress.signum or signal.SIGTERM)
 
 # === Command line ===
 def parse_flags(argv: list[str] | None) -> TrainConfig:
-    """Defaults, replaced by what the named model brings, replaced by what the command line says."""
+    """Defaults, replaced by what the named model brings, replaced by what is given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = functools.partial(require, False)  # a flag that is none is a UserError, too
-    flags = {f.name: (f.default, f.metadata) for f in fields(TrainConfig) if f.metadata}
-    for name, (default, about) in flags.items():
+    parser.error = functools.partial(require, False)
+    flags = {f.name: f for f in fields(TrainConfig) if f.metadata}
+    for name, f in flags.items():
+        about, help = f.metadata, f.metadata["help"]
         how = dict(type=about["kind"], choices=about["choices"])
-        if about["kind"] is bool:
-            how = dict(action=argparse.BooleanOptionalAction)
-        help = about["help"] + ("" if default is None else f" ({default})")
+        how = dict(action=argparse.BooleanOptionalAction) if about["kind"] is bool else how
+        help += "" if f.default is None else f" ({f.default})"
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=help, **how)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        low = flags[name][1]["low"]  # nan is not a number of at least that either
+        low = flags[name].metadata["low"]  # and nan is not
         require(low is None or low <= value < 2**63, f"--{name} {value} is not at least {low}")
         require(value != "" or name in ("prompt", "generate"), f"--{name} is empty; leave it out")
     demo = "data" not in given and not find_shards(FINEWEB_DATA, "train")
     if demo and not {"generate", "export"} & given.keys():
-        say(f"no shards in {FINEWEB_DATA} (python fineweb.py makes them); so, a demo on Python's own")
+        say(f"no shards in {FINEWEB_DATA} (python fineweb.py makes them): training on Python's own")
     init_from = given.get("init_from", "scratch")
     model = given.get("model", "demo" if demo else init_from if init_from in MODELS else "gpt2")
     brought = dict(MODELS[model], model=model)
-    if init_from != "scratch":
-        config, _ = read_pretrained(init_from)
-        brought.update({name: getattr(config, name) for name in (*SIZES, "pad_vocab")})
-    return TrainConfig(**{**brought, **given})
+    pretrained = read_pretrained(init_from) if init_from != "scratch" else None
+    if pretrained:
+        brought.update({name: getattr(pretrained[0], name) for name in (*SIZES, "pad_vocab")})
+    cfg = TrainConfig(**{**brought, **given})
+    cfg.pretrained = pretrained  # once is enough
+    return cfg
 
 def use(cfg: TrainConfig) -> int:
-    """Do what --generate or --export says, with the weights of --init_from, or else of the newest
-    checkpoint in the log folder. Returns the exit code."""
+    """Do what --generate or --export says, with the newest checkpoint or --init_from."""
     device, where = resolve(cfg), cfg.init_from
-    if where != "scratch":
-        config, weights = read_pretrained(where)
-    else:
+    if where == "scratch":
         where, state = cfg.log_dir, newest_checkpoint(Path(cfg.log_dir))
-        require(state, f"no checkpoint in {where}; train first, or see --init_from and --log_dir")
+        require(state, f"no checkpoint in {where}; train first, or see --init_from, --log_dir")
         config, weights = GPT2Config(**state["config"]), state["model"]
+    else:
+        config, weights = cfg.pretrained
     model = load_weights(GPT2(replace(config, attention=cfg.attention)), weights, where)
     if cfg.export is not None and RANK == 0:
         sizes = {size: getattr(config, size) for size in SIZES}
         sibling("hellaswag", "write_model", Path(cfg.export), sizes, model.state_dict())
-        say(f"{cfg.export}: {model.num_params():,} parameters, for transformers' GPT2LMHeadModel")
+        say(f"{cfg.export}: {model.num_params():,} parameters, for transformers")
     if cfg.generate is not None:
-        names = [name for name, V in ENCODINGS.items() if V == config.vocab_size]
-        require(names, f"no encoding has the {config.vocab_size} tokens of {where}; it can't write")
+        names = [name for name, V in ENCODINGS.items() if config.vocab_size == V]
+        require(names, f"no encoding has the {config.vocab_size} tokens of {where}")
         encoding = sibling("fineweb", "get_encoding", names[0])
         print_samples(model.to(device), encoding, cfg, cfg.generate, cfg.seed)
     return 0
@@ -971,9 +930,10 @@ def main(argv: list[str] | None = None) -> int:
         cfg = parse_flags(argv)
         return train(cfg) if cfg.generate is None and cfg.export is None else use(cfg)
     except Exception as error:
+        get_error_handler().record_exception(error)  # for torchrun's report
         ours = isinstance(error, (UserError, ImportError))
         if WORLD_SIZE > 1 and (RANK != 0 or not ours):
-            time.sleep(5)  # another rank may say it, or be what this one misses; torchrun ends all
+            time.sleep(5)  # another rank may say it, and torchrun ends all
         if not ours:
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -987,4 +947,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # samples may hold what the terminal can't show
-    sys.exit(record(main)())  # under torchrun, its report tells what ended a process
+    sys.exit(main())

@@ -537,7 +537,7 @@ def own_encoding():
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    from train_gpt2 import gpt2_encoding
+    from fineweb import gpt2_encoding
 
     special, ranks = {"<|endoftext|>": 50256}, gpt2_encoding()._mergeable_ranks
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)

@@ -14,31 +14,40 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "train_gpt2.py"
 sys.path.insert(0, str(ROOT))
 sys.dont_write_bytecode = True
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C, and so would theirs
-# One thread: small models gain nothing from more, and a busy machine makes threads that wait for each other slow
-os.environ.update(TIKTOKEN_CACHE_DIR="", HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
+# A shell's background jobs ignore Ctrl-C, and so would theirs
+signal.signal(signal.SIGINT, signal.default_int_handler)
+# One thread: small models gain nothing from more, and on a busy machine they wait for each other
+os.environ.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+os.environ.update(TIKTOKEN_CACHE_DIR="", HF_HUB_OFFLINE="1")
 
 # A model and a schedule that take a second
 TINY = [
     "--model=demo", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--pad_vocab",
-    "--total_batch_size=128", "--max_steps=20", "--warmup_steps=2", "--max_lr=1e-2", "--min_lr=1e-3",
-    "--val_every=0", "--hellaswag_every=0", "--sample_every=0", "--checkpoint_every=0", "--device=cpu", "--dtype=fp32",
+    "--total_batch_size=128", "--max_steps=20", "--warmup_steps=2", "--max_lr=1e-2",
+    "--min_lr=1e-3", "--val_every=0", "--hellaswag_every=0", "--sample_every=0", "--print_every=1",
+    "--checkpoint_every=0", "--device=cpu", "--dtype=fp32",
 ]  # fmt: skip
 
 
-def write_shards(folder, lengths=(200, 3000, 1777), vocab_size=257, encoding="bytes", seed=0, suffix=".npy"):
-    """Token shards of a text with some structure to learn; the first is val. Returns the tokens of each."""
+def write_shards(
+    folder, lengths=(200, 3000, 1777), vocab_size=257, encoding="bytes", seed=0, suffix=".npy"
+):
+    """Token shards of a text with some structure to learn; the first is val. Returns the tokens
+    of each."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
-    shards = [((np.arange(n) * 7 + rng.integers(0, 3, n)) % min(vocab_size, 50)).astype(np.uint16) for n in lengths]
-    for i, tokens in enumerate(shards):
+    rng, shards = np.random.default_rng(seed), []
+    for i, n in enumerate(lengths):
+        tokens = (np.arange(n) * 7 + rng.integers(0, 3, n)) % min(vocab_size, 50)
+        tokens = tokens.astype(np.uint16)
+        shards.append(tokens)
         path = folder / f"text_{'train' if i else 'val'}_{i:06d}{suffix}"
         if suffix == ".npy":
             np.save(path, tokens)
         else:
             path.write_bytes(llmc_header(20240520, len(tokens)) + tokens.tobytes())
     if encoding != "gpt2":
-        (folder / "manifest.json").write_text(json.dumps(dict(encoding=encoding, vocab_size=vocab_size)))
+        manifest = dict(encoding=encoding, vocab_size=vocab_size)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
     return shards
 
 
@@ -74,10 +83,9 @@ def read_log(log_dir):
 
 def python(*args, cwd, env=None, check=True, timeout=300):
     """Run Python in a process of its own."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    done = subprocess.run(
-        [sys.executable, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
-    )
+    command, env = [sys.executable, *map(str, args)], {**os.environ, **(env or {})}
+    how = dict(cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(command, **how)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 

