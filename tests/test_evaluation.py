@@ -96,7 +96,7 @@ def test_curves_show_the_log_and_what_is_published(tmp_path, monkeypatch):
     assert points(losses, "train") == [[t, loss] for t, (loss, _) in enumerate(values)]
     assert points(norms, "norm") == [[t, norm] for t, (_, norm) in enumerate(values)]
     assert points(losses, "val") == [[250, 3.5]] and points(hella, "hella") == [[250, 0.27]]
-    assert any("3.5 at step 250" in label for label in losses)
+    assert any("3.5 now" in label for label in losses)
     assert len(points(tps, "tps")) == 500
     published = [np.array(points(panel, "published"))[:, 1].tolist() for panel in (losses, hella)]
     assert published == [[3.2924] * 2, [0.2945] * 2]
