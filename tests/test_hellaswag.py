@@ -156,7 +156,7 @@ def test_if_endings_are_equal_they_tie_and_the_first_counts(dtype):
         both, hits = scores(model, questions, CPU), count_hits(model, questions, CPU)
     for values, hit in zip(both, hits, strict=True):
         assert (values[:, 1:] == values[:, 1:2]).all()
-        assert hit == (values[:, 1] > values[:, 0]).sum() > 0
+        assert 0 < hit == (values[:, 1] > values[:, 0]).sum()
 
 
 def test_a_model_that_knows_nothing_finds_all_means_equal():
