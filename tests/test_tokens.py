@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import llmc_header, python, write_shards
-from hypothesis import given, settings
+from conftest import ROOT, llmc_header, python, write_shards
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import train_gpt2
@@ -19,13 +19,15 @@ class Shards(DataLoaderLite):
     """A loader of arrays in memory whose every token is its own number."""
 
     def __init__(self, lengths, B, T, **options):
-        firsts = np.cumsum([0, *lengths])
-        arrays = {i: np.arange(firsts[i], firsts[i + 1], dtype=np.uint16) for i in range(len(lengths))}
-        original, train_gpt2.read_shard = train_gpt2.read_shard, arrays.get
-        try:
+        *firsts, end = np.cumsum([0, *lengths])
+        arrays = dict(enumerate(np.split(np.arange(end, dtype=np.uint16), firsts[1:])))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_gpt2, "read_shard", arrays.get)
             super().__init__(list(arrays), B, T, **options)
-        finally:
-            train_gpt2.read_shard = original
+
+    def order(self, n, first=0):
+        """The first tokens of n samples."""
+        return [int(self.window(s)[0]) for s in range(first, first + n)]
 
 
 def windows_of(lengths, T):
@@ -34,26 +36,25 @@ def windows_of(lengths, T):
     for n in lengths:
         starts += [offset + k * T for k in range(n) if (k + 1) * T + 1 <= n]
         offset += n
+    assume(starts)
     return starts
 
 
 def samples_of_step(lengths, T, B, A, R, t, **options):
-    """First tokens of the samples of optimiser step t in the order of their numbers, over all micro-steps and ranks."""
-    loaders = [Shards(lengths, B, T, rank=r, world_size=R, **options) for r in range(R)]
-    return [row[0].item() for m in range(A) for loader in loaders for row in loader.batch(t * A + m)[0]]
+    """First tokens of the samples of step t in their order, over all micro-steps and ranks."""
+    ranks = [Shards(lengths, B, T, rank=r, world_size=R, **options) for r in range(R)]
+    batches = [loader.batch(t * A + m) for m in range(A) for loader in ranks]
+    return torch.cat([x[:, 0] for x, _ in batches]).tolist()
 
 
 @settings(deadline=None)
 @given(SHARDS, st.integers(1, 9), st.integers(0, 5), st.integers(1, 4))
 def test_every_window_once_an_epoch_in_an_order_of_its_own(lengths, T, seed, epochs):
-    starts = windows_of(lengths, T)
-    if not starts:
-        return
-    loader = Shards(lengths, 1, T, seed=seed)
-    assert loader.num_windows == len(starts)
-    orders = [[int(loader.window(e * len(starts) + k)[0]) for k in range(len(starts))] for e in range(epochs)]
-    assert all(sorted(order) == starts for order in orders)
-    if len(starts) > 12:  # orders that agree by chance are one in 12!
+    starts, loader = windows_of(lengths, T), Shards(lengths, 1, T, seed=seed)
+    W = loader.num_windows
+    orders = [loader.order(W, e * W) for e in range(epochs)]
+    assert all(sorted(order) == starts for order in orders) and len(starts) == W
+    if W > 12:  # orders that agree by chance are one in 12!
         assert len({tuple(order) for order in orders}) == epochs
         assert orders[0] != starts
 
@@ -61,10 +62,10 @@ def test_every_window_once_an_epoch_in_an_order_of_its_own(lengths, T, seed, epo
 @settings(deadline=None)
 @given(SHARDS, st.integers(1, 9), st.integers(0, 3), st.booleans(), st.data())
 def test_samples_of_a_step_are_the_same_for_every_split_of_the_batch(lengths, T, t, shuffle, data):
-    if not windows_of(lengths, T):
-        return
+    windows_of(lengths, T)
     total = data.draw(st.sampled_from([4, 6, 12]))
-    splits = [(b, a, total // b // a) for b in range(1, 13) for a in range(1, 13) if total % (b * a) == 0]
+    divisors = [n for n in range(1, 13) if total % n == 0]
+    splits = [(b, a, total // b // a) for b in divisors for a in divisors if total % (b * a) == 0]
     split = data.draw(st.sampled_from(splits))
     wanted = samples_of_step(lengths, T, total, 1, 1, t, shuffle=shuffle)
     assert samples_of_step(lengths, T, *split, t, shuffle=shuffle) == wanted
@@ -73,8 +74,7 @@ def test_samples_of_a_step_are_the_same_for_every_split_of_the_batch(lengths, T,
 @settings(deadline=None)
 @given(SHARDS, st.integers(1, 9), st.integers(1, 4), st.integers(0, 20))
 def test_a_step_depends_on_its_number_alone(lengths, T, B, i):
-    if not windows_of(lengths, T):
-        return
+    windows_of(lengths, T)
     running, resumed = Shards(lengths, B, T), Shards(lengths, B, T)
     for j in range(i):
         running.batch(j)
@@ -85,38 +85,36 @@ def test_a_step_depends_on_its_number_alone(lengths, T, B, i):
 @given(SHARDS, st.integers(1, 9))
 def test_without_shuffle_windows_come_in_file_order_and_targets_are_one_ahead(lengths, T):
     starts = windows_of(lengths, T)
-    if not starts:
-        return
     loader = Shards(lengths, len(starts), T, shuffle=False)
     for i in range(2):  # the second epoch is like the first
         x, y = loader.batch(i)
-        assert x[:, 0].tolist() == starts
-        assert y.equal(x + 1) and x.equal(torch.tensor(starts)[:, None] + torch.arange(T))
+        assert x.equal(torch.tensor(starts)[:, None] + torch.arange(T)) and y.equal(x + 1)
 
 
 def test_seeds_draw_different_orders():
-    orders = [[int(Shards([500], 1, 4, seed=seed).window(s)[0]) for s in range(100)] for seed in (1, 2)]
-    assert orders[0] != orders[1]
+    assert Shards([500], 1, 4, seed=1).order(100) != Shards([500], 1, 4, seed=2).order(100)
 
 
 def test_order_is_pinned_so_that_old_runs_resume():
-    assert [int(Shards([50], 1, 5).window(s)[0]) // 5 for s in range(9)] == [3, 2, 7, 1, 0, 4, 6, 5, 8]
+    assert Shards([50], 1, 5).order(9) == [15, 10, 35, 5, 0, 20, 30, 25, 40]
 
 
 def test_npy_and_llmc_bin_hold_the_same(tmp_path):
-    for suffix in (".npy", ".bin"):
-        write_shards(tmp_path / suffix[1:], suffix=suffix)
-    loaders = [DataLoaderLite(find_shards(tmp_path / kind, "train"), 3, 16) for kind in ("npy", "bin")]
+    loaders = []
+    for kind in ("npy", "bin"):
+        write_shards(tmp_path / kind, suffix=f".{kind}")
+        loaders.append(DataLoaderLite(find_shards(tmp_path / kind, "train"), 3, 16))
     for i in range(5):
         npy, llmc = (loader.batch(i) for loader in loaders)
         assert npy.equal(llmc) and npy.dtype == torch.int64 and npy.shape == (2, 3, 16)
 
 
 def test_shards_are_found_by_name_in_order(tmp_path):
-    names = ["a_train_000002.npy", "a_train_000001.npy", "fineweb_train_000003.bin", "tiny_val.bin", "train.bin"]
-    for name in [*names, "a_train_1.txt", "training.npy", "manifest.json", "a_train_000001.npy.tmp"]:
+    train = ["a_train_000001.npy", "a_train_000002.npy", "fineweb_train_000003.bin", "train.bin"]
+    others = ["a_train_1.txt", "training.npy", "manifest.json", "a_train_000001.npy.tmp"]
+    for name in [*reversed(train), *others, "tiny_val.bin"]:
         (tmp_path / name).touch()
-    assert [p.name for p in find_shards(tmp_path, "train")] == sorted(n for n in names if "train" in n)
+    assert [p.name for p in find_shards(tmp_path, "train")] == train
     assert [p.name for p in find_shards(tmp_path, "val")] == ["tiny_val.bin"]
     assert find_shards(tmp_path / "nowhere", "train") == []
 
@@ -132,10 +130,9 @@ def test_shards_are_mapped_not_loaded(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sparse files")
 def test_ten_billion_tokens_cost_only_their_permutation(tmp_path):
-    header = llmc_header(20240520, 10**8)
     for i in range(100):
         with open(tmp_path / f"big_train_{i:06d}.bin", "wb") as file:
-            file.write(header)
+            file.write(llmc_header(20240520, 10**8))
             file.truncate(1024 + 2 * 10**8)  # a hole: no disk is used
     program = (
         "import resource, train_gpt2, pathlib\n"
@@ -146,21 +143,21 @@ def test_ten_billion_tokens_cost_only_their_permutation(tmp_path):
         "loader.batch(0); loader.batch(12345)\n"
         "print(loader.num_windows, (peak() - before) * 1024)"
     )
-    done = python("-c", program, cwd=tmp_path, env=dict(PYTHONPATH=str(train_gpt2.Path(train_gpt2.__file__).parent)))
+    done = python("-c", program, cwd=tmp_path, env=dict(PYTHONPATH=str(ROOT)))
     num_windows, grown = map(int, done.stdout.split())
     assert num_windows == 100 * ((10**8 - 1) // 1024)
-    assert grown < 16 * num_windows + 2**24  # the permutation as drawn and as kept, and some room
+    assert grown < 16 * num_windows + 2**24  # the permutation, drawn and kept, and some room
 
 
-def test_token_beyond_the_vocabulary_names_the_shard(tmp_path):
+@pytest.mark.parametrize("at", [50, 10**6])
+def test_token_beyond_the_vocabulary_names_the_shard(tmp_path, at):
+    """At the start where another encoding shows at once, else when the loader comes to it."""
     write_shards(tmp_path)
-    np.save(tmp_path / "text_train_000007.npy", np.full(100, 300, np.uint16))
-    with pytest.raises(UserError, match=r"text_train_000007\.npy: token 300"):
-        DataLoaderLite(find_shards(tmp_path, "train"), 1, 16, vocab_size=257)
-
-
-def test_token_beyond_the_vocabulary_is_found_in_large_data_too(tmp_path):
-    loader = Shards([100], 4, 16, vocab_size=1000)
-    loader.vocab_size, loader.checked = 50, False  # as if the data had been too many to look through at the start
-    with pytest.raises(UserError, match="beyond a vocabulary of 50"):
-        loader.batch(0)
+    tokens = np.zeros(10**6 + 50, np.uint16)
+    tokens[at] = 300
+    np.save(tmp_path / "text_train_000007.npy", tokens)
+    with pytest.raises(UserError, match=r"text_train_000007\.npy: token 300.* vocabulary of 257"):
+        loader = DataLoaderLite(find_shards(tmp_path, "train"), 1, 16, vocab_size=257)
+        assert at > 50
+        for i in range(loader.num_windows):
+            loader.batch(i)
