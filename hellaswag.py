@@ -212,7 +212,7 @@ def read_model(what: str) -> tuple[dict, dict]:
         for file in "config.json", "model.safetensors":
             fetch = functools.partial(hf_hub_download, f"openai-community/{what}", file)
             help = "connect to the network, or name a local folder"
-            folder = Path(download(f"{what}'s {file}", fetch, help)).parent
+            folder = Path(download(f"{file} of openai-community/{what}", fetch, help)).parent
     if not folder.is_dir():
         raise UserError(f"{what} is no model; name gpt2 … gpt2-xl, a folder or a model_*.pt")
     try:
@@ -234,7 +234,7 @@ def read_model(what: str) -> tuple[dict, dict]:
                     weights[name] = value.t() if name.endswith(TRANSPOSED) else value
         return sizes, weights
     except Exception as error:  # a damaged or foreign file fails in any layer
-        reason = f"{folder} can't be read as a GPT-2's ({error!r:.200})"
+        reason = f"{folder} can't be read as a GPT-2's ({type(error).__name__}: {error})"
         raise UserError(f"{reason}; get it again") from error
 
 def write_model(folder: Path, sizes: dict, weights: dict) -> None:
@@ -252,9 +252,9 @@ def write_model(folder: Path, sizes: dict, weights: dict) -> None:
         n_positions=sizes["block_size"], n_layer=sizes["n_layer"], n_head=sizes["n_head"],
         n_embd=sizes["n_embd"], embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
     )  # fmt: skip
-    partial = folder.absolute().with_name(f".{folder.name}.tmp")  # it appears whole or not at all
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--export {folder} is there already; choose another folder")
+    partial = folder.absolute().with_name(f".{folder.name}.tmp")  # it appears whole or not at all
     try:
         partial.mkdir(parents=True, exist_ok=True)
         save_file(state, partial / "model.safetensors", metadata=dict(format="pt"))

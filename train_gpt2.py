@@ -176,9 +176,8 @@ class MLP(nn.Module):
         return self.c_proj(self.gelu(self.c_fc(x)))
 
 class Block(nn.Module):
-    """The original Transformer normalised after each addition. GPT-2 normalises the input of each
-    branch instead: the residual stream is a clean sum from the embedding to the head, and gradients
-    flow straight down it."""
+    """Each branch normalises its input; the first Transformers normalised the sum. So the residual
+    stream stays a clean sum from embedding to head, and gradients flow straight down it."""
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -321,9 +320,7 @@ class DataLoaderLite:
     (the identity without `shuffle`). Micro-batch i, counted from the start of the run, gives rank
     r of R the samples (i·R + r)·B + 0 … B-1: a step sees the same samples whatever B and R, and
     wherever the run was interrupted. Raises UserError for shards that are none or too few."""
-    def __init__(
-        self, files, B, T, rank=0, world_size=1, seed=1337, shuffle=True, vocab_size=50257
-    ):
+    def __init__(self, files, B, T, rank=0, world_size=1, seed=0, shuffle=True, vocab_size=50257):
         self.files, self.B, self.T, self.rank, self.world_size = files, B, T, rank, world_size
         self.seed, self.shuffle, self.vocab_size = seed, shuffle, vocab_size
         self.shards = [read_shard(path) for path in files]
@@ -333,13 +330,6 @@ class DataLoaderLite:
         *self.first_window, self.num_windows = np.cumsum([0, *windows]).tolist()
         few = f"{self.num_tokens} tokens are too few for a window of {T} + 1"
         require(self.num_windows > 0, f"{files[0]}: {few}")
-        for i, shard in enumerate(self.shards):
-            self.checked(shard[: 2**16], i)  # another encoding shows at once
-    def checked(self, tokens: np.ndarray, shard: int) -> np.ndarray:
-        if tokens.max(initial=0) >= self.vocab_size:
-            beyond = f"token {tokens.max()} is beyond a vocabulary of {self.vocab_size}"
-            raise UserError(f"{self.files[shard]}: {beyond}; see --data")
-        return tokens
     def window(self, s: int) -> np.ndarray:
         """The T + 1 tokens of sample s, uint16."""
         epoch, k = divmod(s, self.num_windows)
@@ -347,7 +337,10 @@ class DataLoaderLite:
             k = int(permutation(self.num_windows, self.seed, epoch)[k])
         shard = int(np.searchsorted(self.first_window, k, side="right")) - 1
         start = (k - self.first_window[shard]) * self.T
-        return self.checked(self.shards[shard][start : start + self.T + 1], shard)
+        tokens = self.shards[shard][start : start + self.T + 1]
+        beyond = f"token {tokens.max()} is beyond a vocabulary of {self.vocab_size}"
+        require(tokens.max() < self.vocab_size, f"{self.files[shard]}: {beyond}; see --data")
+        return tokens
     def batch(self, i: int) -> torch.Tensor:
         """This rank's part of micro-batch i, int64 (2, B, T): inputs, and targets one token on."""
         first = (i * self.world_size + self.rank) * self.B
@@ -444,13 +437,13 @@ def check(cfg: TrainConfig):
     C, T, B = cfg.n_embd, cfg.sequence_length, cfg.micro_batch_size or 1
     total, part = cfg.total_batch_size, B * T * WORLD_SIZE
     parts = f"{B} sequences × {T} tokens × {WORLD_SIZE} processes = {part}"
-    folder = next(p for p in (Path(cfg.log_dir) / "_").absolute().parents if p.exists())
+    small = cfg.n_layer * C**2 < 10**11 and cfg.block_size * C < 10**11
+    require(small, "no machine holds this model; see --n_layer, --n_embd, --block_size")
     require(C % cfg.n_head == 0, f"--n_embd {C} is not a multiple of --n_head {cfg.n_head}")
     require(cfg.block_size >= T, f"--sequence_length {T} exceeds --block_size {cfg.block_size}")
     require(total % part == 0, f"--total_batch_size {total} is not a multiple of {parts}")
     require(cfg.warmup_steps <= cfg.max_steps, "--warmup_steps exceeds --max_steps")
     require(cfg.min_lr <= cfg.max_lr, f"--min_lr {cfg.min_lr} exceeds --max_lr {cfg.max_lr}")
-    require(folder.is_dir() and os.access(folder, os.W_OK), f"--log_dir: {folder} can't be written")
 
 def fit_micro_batch(run, forward) -> int:
     """The micro-batch B: what is asked for, or a guess; less while memory runs out."""
@@ -504,16 +497,15 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         if WORLD_SIZE > 1:
-            cuda = self.device.type == "cuda"
-            device = self.device if cuda else None
-            dist.init_process_group("nccl" if cuda else "gloo", device_id=device)
+            how = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
+            dist.init_process_group(how[0], device_id=how[1])
         self.open_data()
         self.model = initial_model(cfg).to(self.device)
         how = cfg.weight_decay, cfg.max_lr, cfg.fused_adamw
         self.optimizer = self.model.configure_optimizers(*how)
         kind, half = self.device.type, torch.float16 if cfg.dtype == "fp16" else torch.bfloat16
         self.autocast = torch.autocast(kind, half, enabled=cfg.dtype != "fp32")
-        # Small gradients would vanish in fp16: they are scaled up
+        # Small gradients vanish in fp16: they are scaled up
         self.scaler = torch.amp.GradScaler(kind, enabled=cfg.dtype == "fp16")
         self.step, self.val_loss = 0, None  # steps done before; the last validation's
     def open_data(self):
@@ -620,13 +612,20 @@ def load_checkpoint(path: Path) -> dict:
         with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
             require(not archive.testzip(), f"{path} can't be read as a checkpoint: it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        config, weights = GPT2Config(**state["config"]), state["model"]
         known = state["format"] in (1, 2) and type(state["step"]) is int and state["step"] >= 0
-        # No model is built of sizes that a file only claims to have
-        shape = weights["transformer.wpe.weight"].shape
-        fits = shape == (config.block_size, config.n_embd) and config.n_layer <= len(weights)
-        require(known and fits, f"{path} can't be read as a checkpoint: it is another program's")
+        require(known, f"{path} can't be read as a checkpoint: it is another program's")
+        config_of(state["config"], state["model"])
         return state
+
+def config_of(sizes: dict, weights: dict) -> GPT2Config:
+    """No model is built of sizes that a file only claims."""
+    config = GPT2Config(**sizes)
+    L, C, heads = config.n_layer, config.n_embd, config.n_head
+    fits = weights["transformer.wpe.weight"].shape == (config.block_size, C)
+    fits = fits and 0 < L < len(weights) and C % heads == 0 < heads
+    if not fits or not 0 < config.vocab_size <= len(weights["transformer.wte.weight"]):
+        raise ValueError("its sizes are not those of its weights")
+    return config
 
 def load_weights(model: GPT2, weights: dict, where: str) -> GPT2:
     """Put a state dict into the model, with or without the padding of its vocabulary."""
@@ -645,7 +644,8 @@ def read_pretrained(what: str) -> tuple[GPT2Config, dict]:
         state = load_checkpoint(Path(what))
         return GPT2Config(**state["config"]), state["model"]
     sizes, weights = sibling("hellaswag", "read_model", what)
-    return GPT2Config(**sizes), weights
+    with user_error(f"{what} can't be read as a GPT-2's", "get it again"):
+        return config_of(sizes, weights), weights
 
 def newest_checkpoint(log_dir: Path) -> dict | None:
     """The newest checkpoint in a folder that can be read, None where there is none."""
@@ -930,10 +930,10 @@ def main(argv: list[str] | None = None) -> int:
         cfg = parse_flags(argv)
         return train(cfg) if cfg.generate is None and cfg.export is None else use(cfg)
     except Exception as error:
-        get_error_handler().record_exception(error)  # for torchrun's report
         ours = isinstance(error, (UserError, ImportError))
         if WORLD_SIZE > 1 and (RANK != 0 or not ours):
             time.sleep(5)  # another rank may say it, and torchrun ends all
+        get_error_handler().record_exception(error)  # for torchrun's report
         if not ours:
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -942,7 +942,7 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
     finally:
         if dist.is_initialized():
-            time.sleep(0.1)  # gloo's threads still use Python (pytorch's pull request 179291)
+            time.sleep(0.1)  # gloo's threads still use Python (pytorch pull request 179291)
             dist.destroy_process_group()
 
 if __name__ == "__main__":
