@@ -259,7 +259,7 @@ WRONG = {  # what is done to the folder, and what the error names
     "a weight too few": (lambda f: weight(f, "ln_f.bias"), r"transformer\.ln_f\.bias"),
     "no embedding": (lambda f: weight(f, "wte.weight"), r"transformer\.wte\.weight"),
     "a weight too many": (lambda f: weight(f, "h.0.rotary", torch.ones(2)), r"h\.0\.rotary"),
-    "another shape": (lambda f: weight(f, "ln_f.bias", torch.ones(7)), r"ln_f\.bias.*\[7\].*\[32\]"),
+    "another shape": (lambda f: weight(f, "ln_f.bias", torch.ones(7)), r"ln_f\.bias.*7\].*32\]"),
 }  # fmt: skip
 
 
