@@ -6,14 +6,7 @@ import torch
 from conftest import TINY, write_shards
 
 import train_gpt2
-from train_gpt2 import (
-    GPT2,
-    DataLoaderLite,
-    GPT2Config,
-    draw_curves,
-    find_shards,
-    validation_loss,
-)
+from train_gpt2 import GPT2, DataLoaderLite, GPT2Config, draw_curves, find_shards, validation_loss
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # which a user would see
@@ -101,12 +94,10 @@ def test_curves_show_the_log_and_what_is_published(tmp_path, monkeypatch):
     published = [np.array(points(panel, "published"))[:, 1].tolist() for panel in (losses, hella)]
     assert published == [[3.2924] * 2, [0.2945] * 2]
     # Another size, other data: nothing that does not apply
-    losses, hella, *_ = drawn(tmp_path, monkeypatch, n_embd=1024, fineweb=True)
-    assert len(losses) == 2 and points(hella, "published")[0][1] == 0.3752
-    panels = drawn(tmp_path, monkeypatch, n_embd=96, fineweb=False)
-    assert "published" not in str(panels)
-    losses, hella, *_ = drawn(tmp_path, monkeypatch, n_embd=768, fineweb=False)
-    assert "published" not in str(losses) and points(hella, "published")
+    for options, acc_norm in ((dict(n_embd=1024), 0.3752), (dict(fineweb=False), 0.2945)):
+        losses, hella, *_ = drawn(tmp_path, monkeypatch, **options)
+        assert len(losses) == 2 and points(hella, "published")[0][1] == acc_norm
+    assert "published" not in str(drawn(tmp_path, monkeypatch, n_embd=96))
 
 
 def test_the_log_of_build_nanogpt_is_drawn_too(tmp_path, monkeypatch):

@@ -91,20 +91,21 @@ def test_padding_of_the_vocabulary_changes_nothing_and_stays_zero():
 
 
 def test_parameter_counts_and_flops_are_the_published_ones():
-    counts = dict(zip(MODELS, (124439808, 354823168, 774030080, 1557611200), strict=False))
-    for name, count in counts.items():
+    counts = []
+    for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
         sizes = {size: MODELS[name][size] for size in ("n_layer", "n_head", "n_embd")}
         with torch.device("meta"):
-            model = GPT2(GPT2Config(**sizes))
-        assert (name, model.num_params()) == (name, count)
-        if name == "gpt2":
-            by_hand = 6 * (124439808 - 1024 * 768) + 12 * 12 * 768 * 1024
-            assert model.flops_per_token(1024) == by_hand == 855166464
+            counts.append(GPT2(GPT2Config(**sizes)).num_params())
+    assert counts == [124439808, 354823168, 774030080, 1557611200]
+    with torch.device("meta"):
+        flops = GPT2(GPT2Config()).flops_per_token(1024)
+    assert flops == 6 * (124439808 - 1024 * 768) + 12 * 12 * 768 * 1024 == 855166464
 
 
 def test_initial_weights_have_the_published_spread():
     torch.manual_seed(0)
     model = GPT2(GPT2Config(vocab_size=1000, block_size=128, n_layer=8, n_head=4, n_embd=128))
+    assert model.lm_head.weight is model.transformer.wte.weight
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             assert not p.any(), name
@@ -122,11 +123,6 @@ def test_first_loss_is_that_of_a_uniform_guess(V):
     tokens = torch.randint(V, (8, 65))
     loss = model(tokens[:, :-1], tokens[:, 1:])[1].item()
     assert loss == pytest.approx(math.log(V), abs=0.2)
-
-
-def test_head_and_embedding_are_one_tensor():
-    model = GPT2(GPT2Config(**SMALL))
-    assert model.lm_head.weight is model.transformer.wte.weight
 
 
 def test_decay_is_for_matrices_and_embeddings_only():
