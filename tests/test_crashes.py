@@ -48,7 +48,8 @@ def apart(test):
 
 
 class Run:
-    """A forked process that runs the program with these flags, after `prepare` has laid its traps in it."""
+    """A forked process that runs the program with these flags, after `prepare` has laid its traps
+    in it."""
 
     def __init__(self, *argv, prepare=None):
         reader, writer = os.pipe()
@@ -103,7 +104,8 @@ def assert_one_error(output, *words):
 def lines_of(log_dir):
     """The log but for what the clock says."""
     read_log(log_dir)  # each step once, in order
-    return [line for line in (Path(log_dir) / "log.txt").read_text().splitlines() if " tps " not in line]
+    lines = (Path(log_dir) / "log.txt").read_text().splitlines()
+    return [line for line in lines if " tps " not in line]
 
 
 def assert_same(a, b):
@@ -163,14 +165,16 @@ def test_twenty_four_kills_at_random_moments_change_nothing():
     dice, sent = random.Random(seed), []
     for _ in range(24):
         process = Run(*run, "--log_dir=parts")
-        if not process.wait_for("^step", times=dice.randrange(1, 11)):  # a validation is such a line, too
+        # A validation is such a line, too
+        if not process.wait_for("^step", times=dice.randrange(1, 11)):
             break
         time.sleep(dice.random() * 0.01)
         signum = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
         process.send(signum)
         code, output = process.end()
         sent.append(signum)
-        assert code == (-9 if signum == signal.SIGKILL else 128 + signum), (seed, signum, code, output)
+        expected = -9 if signum == signal.SIGKILL else 128 + signum
+        assert code == expected, (seed, signum, code, output)
         if signum != signal.SIGKILL:
             assert "stopped after" in output, output
     assert len(sent) >= 20, seed
@@ -202,7 +206,8 @@ def test_a_kill_at_each_point_of_a_checkpoint_s_life():
     run = [*OFTEN, "--max_steps=60"]
     assert_runs(*run, "--log_dir=whole")
     for where, point in POINTS.items():
-        output = assert_runs(*run, "--log_dir=parts", code=-9, prepare=lambda point=point: trap(*point))
+        prepare = functools.partial(trap, *point)
+        output = assert_runs(*run, "--log_dir=parts", code=-9, prepare=prepare)
         assert "error" not in output, (where, output)
         for path in paths("parts"):  # what has a checkpoint's name is whole
             load_checkpoint(path)
@@ -243,7 +248,7 @@ def test_kills_while_the_demo_s_data_are_written_leave_whole_data_or_none():
 
 @apart
 def test_a_signal_does_not_wait_for_the_end_of_a_long_validation():
-    run = [*RUN, "--max_steps=20", "--val_every=10", "--checkpoint_every=20", "--micro_batch_size=1"]
+    run = [*RUN, "--val_every=10", "--checkpoint_every=20", "--micro_batch_size=1"]
     assert_runs(*run, "--log_dir=whole")
 
     def slow():
@@ -263,33 +268,49 @@ def test_a_signal_does_not_wait_for_the_end_of_a_long_validation():
     assert process.wait_for("a batch")
     process.send(signal.SIGTERM)
     code, output = process.end()
-    assert code == 143 and "stopped after 10 steps" in output and output.count("a batch") < 10, output
+    assert code == 143 and "stopped after 10 steps" in output, output
+    assert output.count("a batch") < 10, output
     assert list(read_log("parts")["val"]) == [0]
     assert_runs(*run, "--log_dir=parts")
     assert_same("whole", "parts")
 
 
+def slow_step(seconds):
+    """Have a step take its time."""
+
+    def wait(*_):
+        train_gpt2.say("waiting")
+        end = time.time() + seconds
+        while time.time() < end:  # a signal does not end it
+            time.sleep(0.1)
+
+    return lambda: trap(GPT2, "forward", 8, wait)
+
+
 @apart
 def test_second_ctrl_c_stops_at_once():
-    def slow():
-        forward = GPT2.forward
-
-        def wait(*args):
-            calls.append(1)
-            if len(calls) == 8:
-                train_gpt2.say("waiting")
-                time.sleep(3000)
-            return forward(*args)
-
-        calls = []
-        GPT2.forward = wait
-
-    process = Run(*RUN, "--log_dir=log", prepare=slow)
+    process = Run(*RUN, "--log_dir=log", prepare=slow_step(3000))
     assert process.wait_for("waiting")
     process.send(signal.SIGINT)
     time.sleep(1)
     process.send(signal.SIGINT)
     assert process.end()[0] == -signal.SIGINT
+
+
+@apart
+def test_second_sigterm_changes_nothing():
+    """Batch systems send one to the whole group, and torchrun forwards its own."""
+    run = [*RUN, "--log_dir=log", "--checkpoint_every=20"]
+    process = Run(*run, prepare=slow_step(2))
+    assert process.wait_for("waiting")
+    for _ in range(3):
+        process.send(signal.SIGTERM)
+        time.sleep(0.3)
+    code, output = process.end()
+    assert code == 143 and "stopped after 6 steps" in output, output
+    assert names("log") == [".lock", "log.txt", "model_00006.pt"]
+    assert "resuming log after 6 steps" in assert_runs(*run)
+    assert list(read_log("log")["train"]) == list(range(20))
 
 
 @apart
@@ -301,7 +322,8 @@ def test_full_disk_and_lost_folder_are_one_line_and_the_last_good_checkpoint_sta
 
     def room(size, call):  # no file can grow beyond this, from some step on
         limit = (size, resource.RLIM_INFINITY)
-        return lambda: trap(GPT2, "forward", call, lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+        shrink = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, limit)
+        return lambda: trap(GPT2, "forward", call, lambda *_: shrink())
 
     for size, call, what in (
         (30_000, 10, "model_00010.pt can't be written whole"), (100, 4, "log.txt can't be written"),
@@ -330,8 +352,7 @@ def test_full_disk_and_lost_folder_are_one_line_and_the_last_good_checkpoint_sta
 def test_second_run_in_the_same_log_folder_refuses_and_a_killed_one_leaves_no_lock():
     run = [*RUN, "--log_dir=log", "--checkpoint_every=5"]
     first = Run(*run, prepare=lambda: trap(GPT2, "forward", 16, lambda *_: time.sleep(3000)))
-    while not Path("log/model_00010.pt").exists() or "12 tps" not in Path("log/log.txt").read_text():
-        time.sleep(0.1)
+    assert first.wait_for("^step    12/")
     before = {path: path.read_bytes() for path in Path("log").iterdir()}
     assert_one_error(assert_runs(*run, code=2), "--log_dir log is another run's")
     assert before == {path: path.read_bytes() for path in Path("log").iterdir()}
@@ -344,20 +365,17 @@ def test_second_run_in_the_same_log_folder_refuses_and_a_killed_one_leaves_no_lo
 
 @apart
 def test_broken_weights_are_not_saved():
-    """The loss shows them only a step later."""
+    """A step's loss is that of the weights before it."""
 
     def poison(self, *args, **options):
         self.param_groups[0]["params"][0].data[5] = float("nan")
 
-    def prepare():
-        trap(torch.optim.AdamW, "step", 10, poison, True)
-
-    output = assert_runs(*RUN, "--log_dir=log", "--checkpoint_every=5", code=2, prepare=prepare)
-    assert_one_error(output, "step 10: loss nan")
-    assert names("log") == [".lock", "log.txt", "model_00005.pt"]
-    output = assert_runs(*RUN, "--log_dir=log", "--checkpoint_every=5", "--max_steps=15", code=2, prepare=prepare)
-    assert_one_error(output, "after step 14 are not finite")
-    assert names("log")[-1] == "model_00010.pt"
+    run = [*RUN, "--log_dir=log", "--checkpoint_every=5"]
+    for step, error in (7, "step 7: loss nan"), (10, "the weights after step 9 are not finite"):
+        prepare = functools.partial(trap, torch.optim.AdamW, "step", step, poison, True)
+        assert_one_error(assert_runs(*run, code=2, prepare=prepare), error)
+        assert names("log") == [".lock", "log.txt", "model_00005.pt"]
+        shutil.rmtree("log")
 
 
 # What it takes for a rank of a torchrun job to go wrong, by rank and by number of restarts
@@ -391,8 +409,8 @@ def job(trouble, *argv, cwd, options=()):
     program = DRIVER + textwrap.dedent(trouble) + "\nsys.exit(train_gpt2.main())\n"
     (cwd / "driver.py").write_text(program)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    # By default restarted workers may read the addresses of those before them (pytorch/pytorch#135712)
-    env = dict(os.environ, OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    # Restarted workers may read the addresses of those before them (pytorch/pytorch#135712)
+    env = dict(os.environ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     pipe = subprocess.PIPE if trouble else subprocess.DEVNULL
     command = [*launcher, *options, "driver.py", *argv]
     how = dict(cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True, errors="replace")
@@ -451,7 +469,10 @@ TROUBLES = {
         "UserError: bad data",
     ),
     "full disk": (
-        'if RANK == 0: trap(os, "replace", 2, lambda: fail(OSError(28, "No space left on device")))',
+        """
+        if RANK == 0:
+            trap(os, "replace", 2, lambda: fail(OSError(28, "No space left on device")))
+        """,
         "can't be written whole (OSError: [Errno 28] No space left on device)",
     ),
     "not a number": (BROKEN, "UserError: step "),
