@@ -31,7 +31,6 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 # === Configuration: a flag is a field of TrainConfig ===
@@ -40,7 +39,6 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets all three
 FINEWEB_DATA, DEMO_DATA = Path("edu_fineweb10B"), Path("python_stdlib")
 HELLASWAG_FILE = Path("hellaswag/hellaswag_val.bin")
 ENCODINGS = {"gpt2": 50257, "bytes": 257}  # those of fineweb.py, and their vocabularies
-DTYPES = ("bf16", "fp16", "fp32")
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 MODELS = {  # GPT-2's sizes, with the peak rates GPT-3 had at them (its table 2.1)
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, max_lr=6e-4),
@@ -66,7 +64,7 @@ class GPT2Config:
     n_embd: int = flag(768, "channels of the residual stream", low=1)
     block_size: int = flag(1024, "longest context in tokens", low=1)
     pad_vocab: bool = flag(True, "pad the vocabulary to a multiple of 128: faster")
-    attention: str | None = flag(None, "(auto: the faster)", str, choices=("flash", "manual"))
+    attention: str | None = flag(None, "(auto: faster)", str, choices=("flash", "manual"))
     activation_checkpointing: bool = flag(False, "compute blocks twice, to save memory")
     @property
     def padded_vocab_size(self) -> int:
@@ -88,7 +86,7 @@ class TrainConfig(GPT2Config):
     weight_decay: float = flag(0.1, "of AdamW, on matrices and embeddings", low=0)
     grad_clip: float = flag(1.0, "largest global gradient norm; 0: no clipping", low=0)
     device: str | None = flag(None, "cpu, cuda, cuda:1, mps (auto: the fastest)", str)
-    dtype: str | None = flag(None, "of autocast (auto: best)", str, choices=DTYPES)
+    dtype: str | None = flag(None, "of autocast (auto)", str, choices=("bf16", "fp16", "fp32"))
     tf32: bool | None = flag(None, "TensorFloat-32 for float32 (auto: on CUDA)", bool)
     compile: bool | None = flag(None, "torch.compile (auto: on CUDA, but for the demo)", bool)
     fused_adamw: bool | None = flag(None, "AdamW in one kernel (auto: on CUDA and CPU)", bool)
@@ -176,8 +174,8 @@ class MLP(nn.Module):
         return self.c_proj(self.gelu(self.c_fc(x)))
 
 class Block(nn.Module):
-    """Each branch normalises its input; the first Transformers normalised the sum. So the residual
-    stream stays a clean sum from embedding to head, and gradients flow straight down it."""
+    """Each branch normalises its input; the first Transformers normalised the sum. So the stream
+    stays a clean sum from embedding to head, and gradients flow straight down it."""
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -369,9 +367,9 @@ def validation_loss(model, loader: DataLoaderLite, val_tokens: int, device, prog
         count = min(loader.B, num_windows - (i * loader.world_size + loader.rank) * loader.B)
         if count > 0:
             batch = loader.batch(i)
-            batch[1, count:] = -100  # they fill up the batch: one shape to compile
+            batch[1, count:] = -100  # they fill the batch: one shape to compile
             losses.append((model(*to_device(batch, device))[1], count))
-    total = sum(loss.item() * count for loss, count in losses)  # only now: to read is to wait
+    total = sum(loss.item() * count for loss, count in losses)  # to read is to wait
     return sum_over_ranks([total], device)[0] / num_windows
 
 def encode_prompt(encoding, prompt: str, block_size: int) -> list[int]:
@@ -439,6 +437,8 @@ def check(cfg: TrainConfig):
     parts = f"{B} sequences × {T} tokens × {WORLD_SIZE} processes = {part}"
     small = cfg.n_layer * C**2 < 10**11 and cfg.block_size * C < 10**11
     require(small, "no machine holds this model; see --n_layer, --n_embd, --block_size")
+    folder = next(p for p in Path(cfg.log_dir, "_").absolute().parents if p.exists())
+    require(os.access(f"{folder}/.", os.W_OK), f"--log_dir: {folder} can't be written")
     require(C % cfg.n_head == 0, f"--n_embd {C} is not a multiple of --n_head {cfg.n_head}")
     require(cfg.block_size >= T, f"--sequence_length {T} exceeds --block_size {cfg.block_size}")
     require(total % part == 0, f"--total_batch_size {total} is not a multiple of {parts}")
@@ -448,7 +448,7 @@ def check(cfg: TrainConfig):
 def fit_micro_batch(run, forward) -> int:
     """The micro-batch B: what is asked for, or a guess; less while memory runs out."""
     T, tokens = run.cfg.sequence_length, 2**12
-    if run.device.type == "cuda":  # 2^16 keep any GPU busy; 124M parameters take 60 GB for them
+    if run.device.type == "cuda":  # 2^16 keep any busy; 124M parameters take 60 GB for them
         share = torch.cuda.mem_get_info()[0] / 60e9 * 124e6 / run.model.num_params()
         tokens = 2**16 * min(1, share)
     tokens = sum_over_ranks([tokens], run.device)[0] / WORLD_SIZE  # the same on all ranks
@@ -479,7 +479,7 @@ def micro_batch_fits(B: int, run, forward) -> bool:
         if not run.cfg.compile:
             raise
         say(f"torch.compile can't be used here ({error!r:.100}); training without it")
-        torch.compiler.set_stance("force_eager")  # no Triton for a GPU, no C++ compiler for a CPU
+        torch.compiler.set_stance("force_eager")  # no Triton, no C++ compiler
         run.cfg.compile = False
         return micro_batch_fits(B, run, forward)
     finally:
@@ -487,7 +487,7 @@ def micro_batch_fits(B: int, run, forward) -> bool:
 
 # === A run: what belongs to it, and its checkpoints ===
 class Run:
-    """What `cfg` says, made real: device, processes, data, model and optimiser."""
+    """What `cfg` says, made real."""
     def __init__(self, cfg: TrainConfig):
         self.cfg, self.device = cfg, resolve(cfg)
         check(cfg)
@@ -535,9 +535,12 @@ class Run:
     def loader(self, split: str) -> DataLoaderLite:
         cfg, files = self.cfg, find_shards(Path(self.cfg.data), split)
         names = f"NAME_{split}_000000.npy or .bin"
-        require(files, f"--data {cfg.data} holds no {split} shard ({names})")
+        require(files, f"--data {cfg.data} holds no {split} shard, {names}")
         order = cfg.seed, cfg.shuffle and split == "train", cfg.vocab_size
-        return DataLoaderLite(files, 1, cfg.sequence_length, RANK, WORLD_SIZE, *order)
+        loader = DataLoaderLite(files, 1, cfg.sequence_length, RANK, WORLD_SIZE, *order)
+        for i in range(min(99, loader.num_windows)):  # another encoding shows at once
+            loader.batch(i)
+        return loader
     def identity(self) -> dict:  # what must stay from start to start
         names = (*SIZES, "pad_vocab", "seed", "shuffle", "total_batch_size", "sequence_length")
         data = dict(windows=self.train_loader.num_windows, tokens=self.train_loader.num_tokens)
@@ -607,11 +610,11 @@ def checkpoints(log_dir: Path) -> dict[int, Path]:
     return dict(sorted((int(path.stem[6:]), path) for path in paths))
 
 def load_checkpoint(path: Path) -> dict:
-    """What a checkpoint holds. Its tensors are mapped, not read, and its code never runs."""
+    """What a checkpoint holds. Tensors are mapped (if its name is UTF-8), and no code runs."""
     with user_error(f"{path} can't be read as a checkpoint", "choose another"):
         with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
             require(not archive.testzip(), f"{path} can't be read as a checkpoint: it is damaged")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, "cpu", weights_only=True, mmap=str(path).isprintable())
         known = state["format"] in (1, 2) and type(state["step"]) is int and state["step"] >= 0
         require(known, f"{path} can't be read as a checkpoint: it is another program's")
         config_of(state["config"], state["model"])
@@ -672,7 +675,7 @@ def locked(log_dir: Path):
         lock.release()
 
 def open_log(log_dir: Path, start: int):
-    """Open log.txt to go on at step `start`; lines from there on will come again."""
+    """Open log.txt to go on at step `start`; lines from there on come again."""
     path = log_dir / "log.txt"
     with user_error(f"--log_dir {log_dir} can't hold the log of this run", "choose another"):
         if path.exists() and start == 0:  # an old log stays
@@ -714,7 +717,7 @@ class Progress:
         if WORLD_SIZE > 1:
             dist.all_reduce(figures)
         copied = None
-        if figures.is_cuda:  # begun now: a copy waits for all asked for before it
+        if figures.is_cuda:  # begun now, once all asked for before is done
             figures, copied = figures.to("cpu", non_blocking=True), torch.cuda.Event()
             copied.record()
         self.unread.append((t, lr, figures, copied))
@@ -738,10 +741,9 @@ class Progress:
                 speed = f"{seconds * 1e3:.0f} ms | {tps:,.0f} tok/s | {self.outlook(t, tps)}"
                 self.say(t, f"loss {loss:.4f} | lr {lr:.4e} | norm {norm:.2f} | {speed}")
             if t == 0:
-                uniform = f"ln {self.cfg.vocab_size} = {math.log(self.cfg.vocab_size):.4f}"
-                say(f"first loss {loss:.4f}; to know nothing costs {uniform}")
+                say(f"knowing nothing costs ln V = {math.log(self.cfg.vocab_size):.4f}")
     def outlook(self, t: int, tps: float) -> str:
-        a_step = (self.clock - self.started) / (t + 1 - self.run.step)  # with all that is between
+        a_step = (self.clock - self.started) / (t + 1 - self.run.step)  # with what is between
         minutes, s = divmod(int(a_step * (self.cfg.max_steps - t - 1)), 60)
         eta = f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{s:02d}s"
         flops, peak = self.run.model.flops_per_token(self.cfg.sequence_length), peak_flops(self.cfg)
@@ -761,7 +763,6 @@ def draw_curves(log_dir: Path, n_embd: int = 768, fineweb: bool = True):
     points, panels = {}, (("train", "val"), ("hella",), ("norm",), ("tps",))
     try:
         from matplotlib.figure import Figure  # not pyplot, which may look for a screen
-
         for line in (log_dir / "log.txt").read_text(encoding="utf-8").splitlines():
             step, stream, value = line.split()
             points.setdefault(stream, []).append((int(step), float(value)))
@@ -825,11 +826,11 @@ def train(cfg: TrainConfig) -> int:
     run = Run(cfg)
     with locked(Path(cfg.log_dir)):
         run.resume()
-        # Training and validation compile once each; what has many shapes calls the model itself
+        # Training and validation compile once each; what has many shapes is not compiled
         compiled = torch.compile(run.model, dynamic=False) if cfg.compile else run.model
         ddp = compiled
         if WORLD_SIZE > 1:
-            ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
+            ddp = nn.parallel.DistributedDataParallel(compiled, gradient_as_bucket_view=True)
             ddp.require_backward_grad_sync = False  # or ranks wait for one out of memory
         B = cfg.micro_batch_size = fit_micro_batch(run, ddp)
         A = cfg.total_batch_size // (B * cfg.sequence_length * WORLD_SIZE)  # micro-steps a step
@@ -837,7 +838,6 @@ def train(cfg: TrainConfig) -> int:
         say(str(cfg))
         step = f"{B} sequences × {cfg.sequence_length} tokens × {A} micro-steps"
         say(f"{run.model.num_params():,} parameters; a step: {step} × {WORLD_SIZE} processes")
-        parameters = list(run.model.parameters())
         batch = to_device(run.train_loader.batch(run.step * A), run.device)
         with Progress(run) as progress:
             for t in range(run.step, cfg.max_steps + 1):
@@ -863,7 +863,7 @@ def train(cfg: TrainConfig) -> int:
                 run.scaler.unscale_(run.optimizer)
                 # A batch of odd text can have a gradient many times the usual: cut its length,
                 # lest it throw the weights off
-                norm = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
+                norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
                 run.scaler.step(run.optimizer)
                 run.scaler.update()
                 run.optimizer.zero_grad(set_to_none=True)
@@ -932,7 +932,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         ours = isinstance(error, (UserError, ImportError))
         if WORLD_SIZE > 1 and (RANK != 0 or not ours):
-            time.sleep(5)  # another rank may say it, and torchrun ends all
+            time.sleep(5)  # another rank may say why, and torchrun end all
         get_error_handler().record_exception(error)  # for torchrun's report
         if not ours:
             raise
@@ -942,7 +942,7 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
     finally:
         if dist.is_initialized():
-            time.sleep(0.1)  # gloo's threads still use Python (pytorch pull request 179291)
+            time.sleep(0.1)  # gloo's threads still use Python (pytorch#179291)
             dist.destroy_process_group()
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def assert_runs(*argv, code=0, prepare=None):
 
 
 def assert_one_error(output, *words):
-    usual = ("step", "first loss", "resuming")
+    usual = ("step", "knowing", "resuming")
     lines = [line for line in output.splitlines() if not line.startswith(usual)]
     assert lines[-1].startswith("error: ") and output.count("error: ") == 1, output
     assert "Traceback" not in output, output
