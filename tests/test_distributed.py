@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import PROGRAM, TINY, python, read_log, torchrun, write_shards
 
+from train_gpt2 import main
+
 RUN = ["--data", "data", *TINY, "--val_every", "10"]
 
 
@@ -32,16 +34,20 @@ def alone(tmp_path_factory):
 
 
 def test_two_processes_have_the_losses_of_one_and_only_rank_0_speaks_and_writes(here, alone):
-    done = torchrun(PROGRAM, *RUN, "--log_dir", "log", "--checkpoint_every", "20", cwd=here)
+    run = [*RUN, "--log_dir", "log", "--checkpoint_every", "10"]
+    done = torchrun(PROGRAM, *run, cwd=here)
     assert "step: 4 sequences × 16 tokens × 1 micro-steps × 2 processes" in done.stdout
     assert_same_run(alone, here / "log")
     lines = done.stdout.splitlines()
     for t in range(20):
         assert sum(line.startswith(f"step {t:5d}/20 | loss") for line in lines) == 1
     names = sorted(p.name for p in (here / "log").iterdir())
-    assert names == [".lock", "curves.png", "log.txt", "model_00020.pt"]
+    assert names == [".lock", "curves.png", "log.txt", "model_00010.pt", "model_00020.pt"]
     torchrun(PROGRAM, "--log_dir", "log", "--export", "folder", cwd=here)
     assert (here / "folder/model.safetensors").exists()
+    (here / "log/model_00020.pt").unlink()  # and one process goes on with it
+    assert main(run) == 0
+    assert_same_run(alone, here / "log")
 
 
 def test_accumulation_and_compilation_give_the_same_and_gradients_travel_once(here, alone):
@@ -126,14 +132,6 @@ def test_one_rank_out_of_memory_halves_the_micro_batch_on_all(here, alone):
     )
     done = torchrun("driver.py", *RUN, "--log_dir", "log", cwd=here)
     assert "step: 1 sequences × 16 tokens × 4 micro-steps × 2 processes" in done.stdout
-    assert_same_run(alone, here / "log")
-
-
-def test_run_of_two_processes_goes_on_with_one(here, alone):
-    half = ["--checkpoint_every", "10"]
-    torchrun(PROGRAM, *RUN, *half, "--log_dir", "log", cwd=here)
-    (here / "log/model_00020.pt").unlink()
-    python(PROGRAM, *RUN, *half, "--log_dir", "log", cwd=here)
     assert_same_run(alone, here / "log")
 
 
