@@ -78,7 +78,7 @@ def test_accumulation_and_compilation_give_the_same_and_gradients_travel_once(he
             def forward(self, *args):
                 events.append("forward")
                 return super().forward(*args)
-        train_gpt2.DistributedDataParallel = Watched
+        torch.nn.parallel.DistributedDataParallel = Watched
         code = train_gpt2.main()
         torch.save((models[0].module.state_dict(), events), f"rank{{train_gpt2.RANK}}.pt")
         sys.exit(code)
