@@ -1,6 +1,7 @@
 """Several processes under torchrun, with gloo, are one run: real launches, on this machine."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -77,7 +78,7 @@ def test_accumulation_and_compilation_give_the_same_and_gradients_travel_once(he
             def forward(self, *args):
                 events.append("forward")
                 return super().forward(*args)
-        train_gpt2.DistributedDataParallel = Watched
+        torch.nn.parallel.DistributedDataParallel = Watched
         code = train_gpt2.main()
         torch.save((models[0].module.state_dict(), events), f"rank{{train_gpt2.RANK}}.pt")
         sys.exit(code)
@@ -163,17 +164,31 @@ def test_ranks_that_see_different_data_stop_before_they_train(here):
     assert "'windows': 298" in errors[0] and "'windows': 299" in errors[0]
 
 
-@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
-def test_sigterm_to_the_whole_group_which_torchrun_forwards_once_more_still_saves(here):
-    run = [*RUN, "--max_steps=3000", "--checkpoint_every=100000", "--log_dir=log"]
+def test_sigterm_to_all_processes_which_torchrun_sends_once_more_still_saves(here):
+    (here / "driver.py").write_text(
+        textwrap.dedent(f"""
+        import os, sys, time
+        sys.path.insert(0, {str(PROGRAM.parent)!r})
+        import train_gpt2
+
+        def slow(t, cfg):
+            if t == 7:
+                print("waiting", os.getpid(), flush=True)
+                time.sleep(2)
+            return get_lr(t, cfg)
+        get_lr, train_gpt2.get_lr = train_gpt2.get_lr, slow
+        sys.exit(train_gpt2.main())
+        """)
+    )
+    run = ["driver.py", *RUN, "--checkpoint_every=20", "--log_dir=log"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     how = dict(cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen([*launcher, PROGRAM, *run], **how, start_new_session=True) as process:
-        while "step    30/" not in process.stdout.readline():
-            pass
-        os.killpg(process.pid, signal.SIGTERM)
-        os.killpg(process.pid, signal.SIGTERM)
+    with subprocess.Popen([*launcher, *run], **how) as process:
+        pids = []
+        while len(pids) < 2:
+            pids += re.findall(r"waiting (\d+)", process.stdout.readline())
+        for pid in *pids, process.pid:
+            os.kill(int(pid), signal.SIGTERM)
         output, errors = process.communicate(timeout=120)
-    assert "stopped after" in output, output + errors
-    checkpoint = torch.load(next((here / "log").glob("*.pt")), weights_only=True)
-    assert max(read_log("log")["train"]) == checkpoint["step"] - 1 >= 30
+    assert "stopped after 8 steps" in output, output + errors
+    assert (here / "log/model_00008.pt").exists() and max(read_log("log")["train"]) == 7
