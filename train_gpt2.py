@@ -230,6 +230,9 @@ class GPT2(nn.Module):
         """Token ids (B, T), T at most the block size -> final hidden states (B, T, C)."""
         pos = torch.arange(idx.size(1), device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)
+        kind = idx.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
+            x = x.bfloat16()  # the stream crosses memory in half the bytes; llm.c does the same
         again = self.config.activation_checkpointing and torch.is_grad_enabled()
         for block in self.transformer.h:
             x = checkpoint(block, x, use_reentrant=False) if again else block(x)

@@ -1,7 +1,14 @@
 """Benchmarks, run by hand on a machine that does nothing else. Each prints a table of ratios,
 measured side by side:
 
+    python tests/benchmark.py gpu         # all that a CUDA GPU can tell, in ten minutes
     python tests/benchmark.py ladder      # what each step up to the trainer's settings gains
+    python tests/benchmark.py batch       # several micro-batches, and build-nanogpt's step
+    python tests/benchmark.py compiler    # torch.compile with more tuning
+    python tests/benchmark.py attention   # which of PyTorch's kernels it is, and how fast all are
+    python tests/benchmark.py residual    # the loss with a residual stream in bf16 and in float32
+    python tests/benchmark.py evaluation  # the share of validation and HellaSwag in a run
+    python tests/benchmark.py ddp         # several GPUs, with and without DDP's own optimisation
     python tests/benchmark.py step        # the training loop against its bare products
     python tests/benchmark.py profile     # where a step's milliseconds go
     python tests/benchmark.py memory      # what the larger models take; do they fit small cards?
@@ -17,16 +24,20 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import multiprocessing
 import os
 import platform
 import random
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +99,8 @@ def configure(args):
     cfg, device = trainers_config(args.model, device=args.device, dtype=args.dtype)
     usual = 16 if device.type == "cuda" else max(1, 2048 // cfg.block_size)
     cfg.micro_batch_size = args.micro_batch_size or usual
+    cfg.n_layer = getattr(args, "n_layer", None) or cfg.n_layer
+    cfg.compile = cfg.compile or args.compile
     cfg.total_batch_size = cfg.micro_batch_size * cfg.block_size * args.micro_steps
     train_gpt2.check(cfg)
     return cfg, device
@@ -104,7 +117,23 @@ def describe(args, cfg, device, how_long: str) -> None:
     print(f"{hardware(device)}: {cfg.model}, {cfg.dtype}, {batch}, {how_long}\n", flush=True)
 
 
-def training_step(cfg, device, micro_steps: int):
+STREAM = "x = x.bfloat16()"  # the line that makes the residual stream one of 16 bits
+
+
+def with_float32_stream():
+    """train_gpt2 as it would be with a residual stream in float32, from here on."""
+    global train_gpt2
+    path = ROOT / "train_gpt2.py"
+    source = path.read_text(encoding="utf-8")
+    assert source.count(STREAM) == 1, f"{path} does not have the line {STREAM}"
+    module = types.ModuleType("train_gpt2")
+    module.__file__ = str(path)
+    sys.modules["train_gpt2"] = train_gpt2 = module
+    exec(compile(source.replace(STREAM, "pass"), path, "exec"), module.__dict__)
+    return module
+
+
+def training_step(cfg, device, micro_steps: int, **compiler):
     """A function that does one whole optimiser step on random tokens, with cfg's dtype, tf32,
     compile and fused_adamw (without which torch picks the kernels)."""
     torch.manual_seed(0)
@@ -112,7 +141,7 @@ def training_step(cfg, device, micro_steps: int):
     with torch.device(device):
         model = model_of(cfg)
     optimizer = model.configure_optimizers(cfg.weight_decay, cfg.max_lr, cfg.fused_adamw)
-    forward = torch.compile(model, dynamic=False) if cfg.compile else model
+    forward = torch.compile(model, dynamic=False, **compiler) if cfg.compile else model
     shape = 2, cfg.micro_batch_size, cfg.sequence_length
     x, y = torch.randint(0, cfg.vocab_size, shape, device=device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bf16")
@@ -131,23 +160,82 @@ def training_step(cfg, device, micro_steps: int):
     return step
 
 
-def stand_on_rung(pipe, cfg, micro_steps: int) -> None:
-    """A process of its own for each rung, since no allocator and no compiler can be made to forget.
-    Sent a number of steps, it does them and sends back the seconds and, on CUDA, the peak of its
-    memory in bytes; 0 is the end."""
+def take_part(pipe, cfg, micro_steps: int, float32_stream=False, **compiler) -> None:
+    """A process of its own for each contestant, since no allocator and no compiler can be made to
+    forget. Sent a number of steps, it does them and sends back the seconds and, on CUDA, the peak
+    of its memory in bytes; 0 is the end. What fails is sent back in words."""
     device = torch.device(cfg.device)
-    step = training_step(cfg, device, micro_steps)
-    while steps := pipe.recv():
-        for _ in range(2):
-            step()
-        synchronize(device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        seconds, peak = seconds_a_step(step, steps, device), None
-        if device.type == "cuda":  # the next one begins when this one has reported
-            peak = torch.cuda.max_memory_allocated()
-            torch.cuda.empty_cache()
-        pipe.send((seconds, peak))
+    try:
+        if float32_stream:
+            with_float32_stream()
+        step = training_step(cfg, device, micro_steps, **compiler)
+        while steps := pipe.recv():
+            for _ in range(2):
+                step()
+            synchronize(device)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            seconds, peak = seconds_a_step(step, steps, device), None
+            if device.type == "cuda":  # the next one begins when this one has reported
+                peak = torch.cuda.max_memory_allocated()
+                torch.cuda.empty_cache()
+            pipe.send((seconds, peak))
+    except torch.OutOfMemoryError:
+        pipe.send("out of memory")
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}"[:200])
+
+
+PATIENCE = 120  # seconds; to compile may take one
+
+
+def race(contestants: dict, rounds: int, steps: int) -> tuple[dict, dict, dict]:
+    """{name: (cfg, micro_steps, options)} -> tokens a second in each round, the peak of memory in
+    bytes (None but on CUDA), and what went wrong. Each round has all of them in turn, so that
+    whatever the machine does meanwhile hits them alike."""
+    pipes, speeds, memory, failures = {}, {}, {}, {}
+    context = multiprocessing.get_context("spawn")
+    for name, (cfg, micro_steps, options) in contestants.items():
+        pipes[name], end = context.Pipe()
+        job = dict(args=(end, cfg, micro_steps), kwargs=options, daemon=True)
+        context.Process(target=take_part, **job).start()
+        end.close()
+        speeds[name] = []
+    for i in range(-1, rounds):  # the first round, in which models compile, does not count
+        for name in [name for name in pipes if name not in failures]:
+            start = time.perf_counter()
+            try:
+                pipes[name].send(steps)
+                there = pipes[name].poll(PATIENCE)
+                answer = pipes[name].recv() if there else f"not ready after {PATIENCE} s"
+            except (EOFError, OSError):
+                answer = "it died"
+            if isinstance(answer, str):
+                failures[name] = answer
+                continue
+            seconds, memory[name] = answer
+            if i >= 0:
+                speeds[name].append(contestants[name][0].total_batch_size / seconds)
+            else:
+                took = time.perf_counter() - start
+                print(f"{name}: {took:.0f} s until it ran", file=sys.stderr, flush=True)
+    for name in pipes.keys() - failures.keys():
+        pipes[name].send(0)
+    for process in multiprocessing.active_children():
+        process.kill()
+    return speeds, memory, failures
+
+
+def mfu(cfg, speed: float) -> str:
+    """Tokens a second as a share of the device's peak in 16 bits."""
+    peak = train_gpt2.peak_flops(dataclasses.replace(cfg, dtype="bf16"))
+    with torch.device("meta"):
+        flops = model_of(cfg).flops_per_token(cfg.sequence_length)
+    return f"{speed * flops / peak:.1%}" if peak else "-"
+
+
+def gibibytes(size) -> str:
+    return f"{size / 2**30:.1f}" if size else "-"
 
 
 def seconds_a_step(step, steps: int, device) -> float:
@@ -159,8 +247,9 @@ def seconds_a_step(step, steps: int, device) -> float:
 
 
 def rungs_of(args, cfg, device) -> list[tuple]:
-    """(name, config, why the rung is left out) of each. At the end comes build-nanogpt's step,
-    compiled: flash attention, AdamW fused on CUDA only, the padding part of the softmax."""
+    """(name, config, options, why the rung is left out) of each. At the end comes build-nanogpt's
+    step, compiled: flash attention, AdamW fused on CUDA only, the padding part of the softmax, a
+    residual stream in float32."""
     cuda, compiler = device.type == "cuda", compiles(device)
     tf32 = cuda and torch.cuda.is_tf32_supported()
     plain = dict(attention="manual", pad_vocab=False, dtype="fp32", tf32=False, compile=False)
@@ -177,52 +266,381 @@ def rungs_of(args, cfg, device) -> list[tuple]:
         if "compile" in rung and not lacking and not compiler:
             lacking = "no compiler"
         climb = climb if lacking else dataclasses.replace(climb, **change)
-        rungs.append((rung, climb, lacking))
+        rungs.append((rung, climb, {}, lacking))
     padded = dataclasses.replace(cfg, pad_vocab=True).padded_vocab_size
     theirs = dict(vocab_size=padded, fused_adamw=cuda, attention="flash", compile=True)
     lacking = "" if compiler else "no compiler"
-    return [*rungs, ("build-nanogpt's step", dataclasses.replace(cfg, **theirs), lacking)]
+    theirs = dataclasses.replace(cfg, **theirs)
+    return [*rungs, ("build-nanogpt's step", theirs, dict(float32_stream=True), lacking)]
 
 
 def ladder(args) -> None:
-    """Each round climbs the whole ladder, so that whatever the machine does meanwhile hits every
-    rung alike."""
+    """Each round climbs the whole ladder."""
     cfg, device = configure(args)
     describe(args, cfg, device, f"{args.rounds} rounds")
-    rungs, pipes = rungs_of(args, cfg, device), {}
-    context = multiprocessing.get_context("spawn")
-    for rung, rung_cfg, lacking in rungs:
-        if not lacking:
-            pipes[rung], end = context.Pipe()
-            job = (end, rung_cfg, args.micro_steps)
-            context.Process(target=stand_on_rung, args=job, daemon=True).start()
-            end.close()
-    speeds, memory = {rung: [] for rung in pipes}, {}
-    for i in range(-1, args.rounds):  # the first round, in which models compile, does not count
-        for rung, pipe in pipes.items():
-            pipe.send(args.steps)
-            seconds, memory[rung] = pipe.recv()
-            if i >= 0:
-                speeds[rung].append(cfg.total_batch_size / seconds)
-    for pipe in pipes.values():
-        pipe.send(0)
-    with torch.device("meta"):
-        flops = model_of(cfg).flops_per_token(cfg.sequence_length)
-    peak = train_gpt2.peak_flops(dataclasses.replace(cfg, dtype="bf16"))
+    rungs = rungs_of(args, cfg, device)
+    there = {rung: (c, args.micro_steps, options) for rung, c, options, out in rungs if not out}
+    speeds, memory, failures = race(there, args.rounds, args.steps)
     first = before = np.array(speeds["float32, textbook"])
     rows = []
-    for rung, _, lacking in rungs:
-        if lacking:
-            rows.append([rung, lacking, *"----"])
+    for rung, _, _, lacking in rungs:
+        if lacking or rung in failures:
+            rows.append([rung, lacking or failures[rung], *"----"])
             continue
         speed = np.array(speeds[rung])
         gains = [float(np.median(speed / base)) for base in (before, first)]
-        mfu = f"{np.median(speed) * flops / peak:.1%}" if peak else "-"
-        used = f"{memory[rung] / 2**30:.1f}" if memory[rung] else "-"
-        rows.append([rung, f"{np.median(speed):,.0f}", *gains, mfu, used])
+        middle = np.median(speed)
+        rows.append([rung, f"{middle:,.0f}", *gains, mfu(cfg, middle), gibibytes(memory[rung])])
         before = speed
     header = ["", "tokens/s", "× the rung before", "× the first", "MFU (bf16 peak)", "peak GiB"]
     print_table(header, rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# batch, compiler: the trainer's step, and others of it, side by side
+
+
+def compare(args, contestants: dict) -> None:
+    """Race, and print a table; the first contestant is what the others are held against."""
+    cfg, device = configure(args)
+    describe(args, cfg, device, f"{args.rounds} rounds of {args.steps} steps")
+    speeds, memory, failures = race(contestants, args.rounds, args.steps)
+    first, rows = np.array(next(iter(speeds.values()))), []
+    for name, (cfg, _, _) in contestants.items():
+        if name in failures:
+            rows.append([name, failures[name], *"----"])
+            continue
+        speed = np.median(speeds[name])
+        ratio = float(np.median(np.array(speeds[name]) / first)) if len(first) else "-"
+        ms = f"{1e3 * cfg.total_batch_size / speed:.1f}"
+        figures = [f"{speed:,.0f}", ratio, mfu(cfg, speed), gibibytes(memory[name])]
+        rows.append([name, ms, *figures])
+    print_table(["", "ms a step", "tokens/s", "× the first", "MFU", "peak GiB"], rows)
+
+
+def batch(args) -> None:
+    """The trainer's step at several micro-batches; then, at the first of them, with a residual
+    stream in float32, and build-nanogpt's step."""
+    contestants = {}
+    for B in args.micro_batch_sizes:
+        args.micro_batch_size = B
+        cfg, device = configure(args)
+        contestants[f"ours, B = {B}"] = cfg, args.micro_steps, {}
+    if not args.ours_alone:
+        args.micro_batch_size = args.micro_batch_sizes[0]
+        cfg, device = configure(args)
+        stream = dict(float32_stream=True)
+        contestants["residual stream in float32"] = cfg, args.micro_steps, stream
+        *_, (theirs, their_cfg, options, lacking) = rungs_of(args, cfg, device)
+        if not lacking:
+            contestants[theirs] = their_cfg, args.micro_steps, options
+    compare(args, contestants)
+
+
+def compiler(args) -> None:
+    """torch.compile as the trainer calls it, and with more tuning, on a model of few layers, whose
+    kernels are those of the whole one."""
+    cfg, _ = configure(args)
+    cfg.compile = True
+    ways = {
+        "default": {},
+        "coordinate_descent_tuning": dict(options={"coordinate_descent_tuning": True}),
+        "max-autotune-no-cudagraphs": dict(mode="max-autotune-no-cudagraphs"),
+    }
+    names = args.ways or ways
+    compare(args, {name: (cfg, args.micro_steps, ways[name]) for name in names})
+
+
+# --------------------------------------------------------------------------------------------------
+# attention: PyTorch's kernels for it
+
+
+def attention(args) -> None:
+    """Causal attention of a layer, forward and backward, by each of PyTorch's backends and by the
+    one it takes itself. q, k and v are views into one tensor, as in the model."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    cfg, device = configure(args)
+    B, T, C, n_head = cfg.micro_batch_size, cfg.block_size, cfg.n_embd, cfg.n_head
+    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[cfg.dtype]
+    qkv = torch.randn(B, T, 3 * C, device=device, dtype=dtype, requires_grad=True)
+    gradient = torch.randn(B, T, C, device=device, dtype=dtype)
+
+    def once():
+        q, k, v = (z.view(B, T, n_head, -1).transpose(1, 2) for z in qkv.split(C, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y.transpose(1, 2).reshape(B, T, C).backward(gradient)
+
+    backends = {"PyTorch's choice": contextlib.nullcontext}
+    for name in "CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH":
+        backends[name] = functools.partial(sdpa_kernel, getattr(SDPBackend, name))
+    flops = 3.5 * 2 * B * T**2 * C  # half of (T, T): two products forward, five backward
+    rows, kernels = [], {}
+    for name, chosen in backends.items():
+        try:
+            with chosen(), torch.profiler.profile() as record:
+                once()
+                synchronize(device)
+            events = record.key_averages()
+            longest = max(events, key=lambda event: event.self_device_time_total).key
+            kernels[name] = longest if device.type == "cuda" else "-"
+            with chosen():
+                for _ in range(args.steps):
+                    once()
+                synchronize(device)
+                seconds = min(seconds_a_step(once, args.steps, device) for _ in range(3))
+            rows.append([name, 1e3 * seconds, flops / seconds / 1e12, kernels[name][:60]])
+        except Exception as error:  # it does not exist here, or not for these shapes
+            rows.append([name, f"{error}".splitlines()[0][:60], "-", "-"])
+    what = f"{cfg.dtype}, {B} × {T} tokens, {n_head} heads of {C // n_head}"
+    print(f"{hardware(device)}: {what}, forward and backward of one layer\n")
+    print_table(["", "ms", "TFLOP/s", "longest kernel"], rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# residual: what 16 bits of the residual stream do to the loss
+
+ONE_RUN = """
+import sys
+sys.path.insert(0, {tests!r})
+import benchmark
+trainer = benchmark.with_float32_stream() if {float32} else benchmark.train_gpt2
+sys.exit(trainer.main(sys.argv[1:]))
+"""
+
+
+def write_real_text(folder: Path, megabytes: int, encoding: str) -> None:
+    """Shards of the source of Python's standard library: for the demo in bytes, else in GPT-2's
+    tokens. Every fortieth file is held out."""
+    from fineweb import get_encoding
+
+    encoding = get_encoding(encoding)
+    files, texts, size = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")), [], 0
+    random.Random(0).shuffle(files)
+    for path in files:
+        if size < megabytes * 1e6 and "encodings" not in path.parts:
+            texts.append(path.read_text(encoding="utf-8", errors="replace"))
+            size += len(texts[-1])
+    tokens = encoding.encode_ordinary_batch(texts)
+    held_out, rest = tokens[::40], [document for i, document in enumerate(tokens) if i % 40]
+    for name, documents in ("val_000000", held_out), ("train_000001", rest):
+        flat = np.concatenate([[encoding.eot_token, *document] for document in documents])
+        np.save(folder / f"python_{name}.npy", flat.astype(np.uint16))
+    manifest = dict(encoding=encoding.name, vocab_size=encoding.n_vocab)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def residual(args) -> None:
+    """Runs of the trainer in pairs, which differ in nothing but the residual stream. The last
+    validation loss of each, on real text."""
+    cfg, device = configure(args)
+    describe(args, cfg, device, f"{args.steps} steps on the source of Python's library")
+    sizes = ("n_layer", "n_head", "n_embd", "block_size")
+    same = (*sizes, "device", "dtype", "micro_batch_size", "total_batch_size", "max_lr")
+    flags = [f"--{name}={getattr(cfg, name)}" for name in same]
+    flags += [*NOTHING_BUT_STEPS, f"--warmup_steps={args.steps // 10}", "--val_every=100000"]
+    flags += [f"--max_steps={args.steps}", f"--val_tokens={args.val_tokens}"]
+    flags += ["--compile" if cfg.compile else "--no-compile"]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        write_real_text(Path(folder), args.megabytes, "bytes" if cfg.model == "demo" else "gpt2")
+
+        def last_loss(job) -> float:
+            seed, float32 = job
+            code = ONE_RUN.format(tests=str(Path(__file__).parent), float32=float32)
+            where = ["--data=.", f"--log_dir=log_{seed}_{float32}", f"--seed={seed}"]
+            command = [sys.executable, "-c", code, *flags, *where]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            print(f"seed {seed} done", file=sys.stderr, flush=True)
+            lines = Path(folder, f"log_{seed}_{float32}", "log.txt").read_text().splitlines()
+            return float([line.split()[2] for line in lines if " val " in line][-1])
+
+        jobs = [(seed, float32) for seed in range(args.seeds) for float32 in (False, True)]
+        losses = np.array(list(pool.map(last_loss, jobs))).reshape(-1, 2)
+    rows = []
+    for seed, (bf16, float32) in enumerate(losses):
+        rows.append([f"seed {seed}", f"{bf16:.4f}", f"{float32:.4f}", f"{bf16 - float32:+.4f}"])
+    print_table(["val loss", "bf16 stream", "float32 stream", "difference"], rows)
+    if args.seeds > 1:
+        differences, spread = losses[:, 0] - losses[:, 1], losses[:, 1].std(ddof=1)
+        error = differences.std(ddof=1) / math.sqrt(args.seeds)
+        print(f"\nThe difference is {differences.mean():+.4f} ± {error:.4f} nats (standard error).")
+        print(f"Between seeds, the standard deviation is {spread:.4f}.")
+
+
+# --------------------------------------------------------------------------------------------------
+# evaluation: what validation and HellaSwag cost a run
+
+
+def evaluation(args) -> None:
+    """Seconds of the default validation and of all of HellaSwag, by a part of each on random
+    tokens, beside those of the 250 steps between them."""
+    from hellaswag import count_hits
+
+    cfg, device = configure(args)
+    describe(args, cfg, device, "one GPU or CPU")
+    bare = training_step(cfg, device, args.micro_steps)
+    for _ in range(3):
+        bare()
+    synchronize(device)
+    a_token = seconds_a_step(bare, args.steps, device) / cfg.total_batch_size
+    steps = 250 * 2**19 * a_token
+    model = model_of(cfg).to(device)
+    forward = torch.compile(model, dynamic=False) if cfg.compile else model
+    B, T = cfg.micro_batch_size, cfg.block_size
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokens(Path(folder), args.batches * B * T + 1, 1, cfg.vocab_size, "gpt2")
+        files = train_gpt2.find_shards(Path(folder), "val")
+        loader = train_gpt2.DataLoaderLite(files, B, T, shuffle=False, vocab_size=cfg.vocab_size)
+        questions = like_hellaswag(args.examples)
+        if cfg.vocab_size < 50257:  # a rehearsal with a small model
+            questions = [(c % 257, [e % 257 for e in four], label) for c, four, label in questions]
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, cfg.dtype == "bf16"):
+            seconds = {}
+            for name, work in (
+                ("validation", lambda: train_gpt2.validation_loss(forward, loader, 2**40, device)),
+                ("HellaSwag", lambda: count_hits(model, questions, device)),
+            ):
+                work()
+                synchronize(device)
+                start = time.perf_counter()
+                work()
+                synchronize(device)
+                seconds[name] = time.perf_counter() - start
+    seconds["validation"] *= 10485760 / (args.batches * B * T)
+    seconds["HellaSwag"] *= 10042 / len(questions)
+    whole = steps + sum(seconds.values())
+    rows = [["250 steps of 2^19 tokens", steps, f"{steps / whole:.1%}"]]
+    rows += [[name, value, f"{value / whole:.1%}"] for name, value in seconds.items()]
+    print_table(["", "seconds", "share"], rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# ddp: several GPUs
+
+ONE_RANK = """
+import sys, torch
+torch._dynamo.config.optimize_ddp = sys.argv[1] == "True"
+sys.path.insert(0, {root!r})
+import train_gpt2
+sys.exit(train_gpt2.main(sys.argv[2:]))
+"""
+
+
+def ddp(args) -> None:
+    """The trainer on all GPUs (on a CPU two processes), with DDP's buckets splitting the compiled
+    graph, so that gradients travel while others are computed, and with one graph."""
+    cfg, device = configure(args)
+    cuda = device.type == "cuda"
+    processes, rows = torch.cuda.device_count() if cuda else 2, []
+    if processes < 2:
+        return print("There is one GPU: nothing to compare.")
+    batch = cfg.micro_batch_size * cfg.block_size * processes
+    flags = [f"--model={cfg.model}", "--data=.", f"--max_steps={args.steps}", *NOTHING_BUT_STEPS]
+    flags += [f"--device={device.type}", f"--micro_batch_size={cfg.micro_batch_size}"]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launch += ["--no-python", sys.executable, "-c", ONE_RANK.format(root=str(ROOT))]
+    with tempfile.TemporaryDirectory() as folder:
+        encoding = "bytes" if cfg.model == "demo" else "gpt2"
+        write_tokens(Path(folder), 10**6, 2, cfg.vocab_size, encoding)
+        for micro_steps in 1, 4:
+            for optimise in True, False:
+                log = f"log_{micro_steps}_{optimise}"
+                size = [f"--log_dir={log}", f"--total_batch_size={batch * micro_steps}"]
+                command = [sys.executable, *launch, str(optimise), *flags, *size]
+                done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+                assert done.returncode == 0, done.stdout + done.stderr
+                lines = Path(folder, log, "log.txt").read_text().splitlines()
+                tps = [float(line.split()[2]) for line in lines if " tps " in line]
+                speed = np.median(tps[len(tps) // 2 :])
+                way = f"optimize_ddp={optimise}, {micro_steps} micro-steps"
+                rows.append([way, f"{speed:,.0f}"])
+    print(f"{hardware(device)} × {processes}: {cfg.model}, B = {cfg.micro_batch_size}\n")
+    print_table(["", "tokens/s"], rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# gpu: all of these that a CUDA GPU can tell
+
+PARTS = (  # title, seconds at most, command, what makes it small for a rehearsal on a CPU
+    ("Attention", 60, "attention --micro_batch_size=64", "--steps=1"),
+    ("The step", 200, "batch --micro_batch_sizes 64", "--micro_batch_sizes 2 --steps=1"),
+    ("torch.compile with more tuning", 300, "compiler --micro_batch_size=64",
+        "--ways default --steps=1"),
+    ("Where its time goes", 90, "profile --micro_batch_size=64", "--steps=2"),
+    ("Tests that need a GPU", 120, "pytest", ""),
+    ("Other micro-batches", 150, "batch --ours_alone --micro_batch_sizes 32 128",
+        "--micro_batch_sizes 1 4 --steps=1"),
+    ("The residual stream and the loss", 150, "residual --n_layer=4 --jobs=3",
+        "--seeds=2 --steps=4 --dtype=bf16 --megabytes=1 --val_tokens=512"),
+    ("Validation and HellaSwag", 90, "evaluation --micro_batch_size=64",
+        "--batches=2 --examples=4 --steps=1"),
+    ("The training loop", 90, "step --micro_batch_size=64 --rounds=6", "--steps=1"),
+    ("From the textbook to the trainer", 240, "ladder", "--steps=1"),
+    ("Small cards", 120, "memory", ""),
+    ("Several GPUs", 150, "ddp --micro_batch_size=32", "--steps=4"),
+)  # fmt: skip
+SMALL = "--device=cpu --model=demo --micro_batch_size=2"  # where there are steps
+
+
+def gpu(args) -> None:
+    """All parts, each in processes of its own, so that what fails or hangs takes nothing with it.
+    The report grows part by part."""
+    device = train_gpt2.choose_device("cpu" if args.rehearse else "cuda")
+    out = Path(args.out or re.sub(r"\W+", "_", f"gpu {hardware(device)}") + ".md")
+    if out.exists():
+        raise SystemExit(f"error: {out} is there already; choose another --out")
+    end = time.monotonic() + 60 * args.minutes
+    facts = dict(Python=platform.python_version(), torch=torch.__version__, CUDA=torch.version.cuda)
+    facts.update(cuDNN=torch.backends.cudnn.version(), GPUs=torch.cuda.device_count())
+    report = f"# {hardware(device)}\n\n"
+    report += ", ".join(f"{name} {fact}" for name, fact in facts.items()) + "\n"
+    for title, limit, command, small in PARTS:
+        if args.only and command.split()[0] not in args.only:
+            continue
+        words = command.split()
+        if words[0] == "pytest":
+            words = ["-m", "pytest", "-q", "-k", "TestCuda", str(ROOT / "tests/test_training.py")]
+        else:
+            words.insert(0, __file__)
+        if args.rehearse:
+            words += small.split()
+            words += SMALL.split() if "--steps" in small else []
+        start = time.monotonic()
+        limit = min(limit, end - start)
+        text = f"\n## {title}\n\n"
+        if limit < 15:
+            text += "No time was left for it.\n"
+        else:
+            print(f"{title} …", flush=True)
+            text += run_part([sys.executable, *words], limit)
+            print(f"{title}: {time.monotonic() - start:.0f} s", flush=True)
+        report += text
+        out.write_text(report, encoding="utf-8")
+    print(f"{out} has it all")
+
+
+def run_part(command: list[str], limit: float) -> str:
+    """What a command prints; after it, what went wrong."""
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
+        how = dict(stdout=printed, stderr=errors, cwd=ROOT, start_new_session=True)
+        process = subprocess.Popen(command, **how)
+        try:
+            code = process.wait(limit)
+            failure = f"It failed (exit code {code}):" if code else ""
+        except subprocess.TimeoutExpired:
+            failure = f"It was stopped after {limit:.0f} s:"
+        finally:
+            with contextlib.suppress(OSError):  # it may have left processes behind
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        printed.seek(0)
+        errors.seek(0)
+        text = printed.read().strip() + "\n"
+        if failure:
+            last = "\n".join(errors.read().splitlines()[-12:])
+            text += f"\n{failure}\n\n```\n{last}\n```\n"
+        return text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -403,7 +821,8 @@ def memory(args) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 write_tokens(Path(folder), 10**6, 2, 50257, "gpt2")
                 flags = [f"--model={name}", "--data=.", "--max_steps=5", "--total_batch_size=65536"]
-                flags += [*NOTHING_BUT_STEPS, *["--activation_checkpointing"] * checkpointing]
+                flags += ["--no-compile", *NOTHING_BUT_STEPS]
+                flags += ["--activation_checkpointing"] * checkpointing
                 command = [sys.executable, "-c", CAPPED, str(card), *flags]
                 env = {**os.environ, "PYTHONPATH": str(ROOT)}
                 done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
@@ -726,20 +1145,44 @@ def main() -> None:
     help = dict(re.findall(r"benchmark.py (\w+) +# (.*)", __doc__))
     device = dict(help="cpu, cuda, mps (the fastest there is)")
 
-    for run, rounds, steps in ((ladder, 5, 10), (step, 60, 5), (profile, None, 20)):
-        command = commands.add_parser(run.__name__, help=help[run.__name__])
+    with_steps = dict(ladder=(5, 10), batch=(5, 10), compiler=(5, 10), step=(60, 5))
+    with_steps.update(profile=(None, 20), attention=(None, 20), residual=(None, 300))
+    with_steps.update(evaluation=(None, 10), ddp=(None, 40))
+    for name, (rounds, steps) in with_steps.items():
+        command = commands.add_parser(name, help=help[name])
         add = command.add_argument
         add("--device", **device)
         add("--dtype", choices=("bf16", "fp32"), help="the trainer's (the device's best)")
         add("--model", help="named size (gpt2 on CUDA, else demo)")
         add("--micro_batch_size", type=int, help="sequences (16 on CUDA, else 2,048 tokens)")
         add("--micro_steps", type=int, default=1, help="of a step (%(default)s)")
+        add("--compile", action="store_true", help="on a CPU, too")
         if rounds:
             add("--rounds", type=int, default=rounds, help="(%(default)s)")
         add("--steps", type=int, default=steps, help="timed steps a round (%(default)s)")
-        if run is ladder:
-            add("--compile", action="store_true", help="on a CPU, too")
-        command.set_defaults(run=run)
+        if name == "batch":
+            add("--micro_batch_sizes", type=int, nargs="+", default=[64], help="(%(default)s)")
+            add("--ours_alone", action="store_true", help="nothing to compare with")
+        if name == "compiler":
+            add("--ways", nargs="+", help="some of them, by name (all)")
+        if name in ("compiler", "residual"):
+            few = 3 if name == "compiler" else None
+            add("--n_layer", type=int, default=few, help="layers (%(default)s)")
+        if name == "residual":
+            add("--seeds", type=int, default=5, help="pairs of runs (%(default)s)")
+            add("--jobs", type=int, default=1, help="runs at once (%(default)s)")
+            add("--megabytes", type=int, default=20, help="of text (%(default)s)")
+            add("--val_tokens", type=int, default=262144, help="(%(default)s)")
+        if name == "evaluation":
+            add("--batches", type=int, default=16, help="to validate on (%(default)s)")
+            add("--examples", type=int, default=1000, help="of HellaSwag's lengths (%(default)s)")
+        command.set_defaults(run=globals()[name])
+    command = commands.add_parser("gpu", help=help["gpu"])
+    command.add_argument("--out", help="the report (gpu_NAME_OF_THE_CARD.md)")
+    command.add_argument("--minutes", type=float, default=10, help="at most (%(default)s)")
+    command.add_argument("--only", nargs="+", help="some of the parts, by their subcommands")
+    command.add_argument("--rehearse", action="store_true", help="on the CPU, with a small model")
+    command.set_defaults(run=gpu)
 
     flags = {
         memory: {},
