@@ -451,8 +451,8 @@ def check(cfg: TrainConfig):
 def fit_micro_batch(run, forward) -> int:
     """The micro-batch B: what is asked for, or a guess; less while memory runs out."""
     T, tokens = run.cfg.sequence_length, 2**12
-    if run.device.type == "cuda":  # 2^16 keep any busy; 124M parameters take 60 GB for them
-        share = torch.cuda.mem_get_info()[0] / 60e9 * 124e6 / run.model.num_params()
+    if run.device.type == "cuda":  # 2^16 keep any busy; 124M parameters take 28 GB for them
+        share = torch.cuda.mem_get_info()[0] / 36e9 * 124e6 / run.model.num_params()
         tokens = 2**16 * min(1, share)
     tokens = sum_over_ranks([tokens], run.device)[0] / WORLD_SIZE  # the same on all ranks
     sequences = run.cfg.total_batch_size // (T * WORLD_SIZE)  # a step of this process

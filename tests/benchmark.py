@@ -183,7 +183,7 @@ def take_part(pipe, cfg, micro_steps: int, float32_stream=False, **compiler) -> 
     except torch.OutOfMemoryError:
         pipe.send("out of memory")
     except Exception as error:
-        pipe.send(f"{type(error).__name__}: {error}"[:200])
+        pipe.send(f"{type(error).__name__}: {error}".splitlines()[0][:100])
 
 
 PATIENCE = 120  # seconds; to compile may take one
@@ -193,12 +193,13 @@ def race(contestants: dict, rounds: int, steps: int) -> tuple[dict, dict, dict]:
     """{name: (cfg, micro_steps, options)} -> tokens a second in each round, the peak of memory in
     bytes (None but on CUDA), and what went wrong. Each round has all of them in turn, so that
     whatever the machine does meanwhile hits them alike."""
-    pipes, speeds, memory, failures = {}, {}, {}, {}
+    pipes, processes, speeds, memory, failures = {}, {}, {}, {}, {}
     context = multiprocessing.get_context("spawn")
     for name, (cfg, micro_steps, options) in contestants.items():
         pipes[name], end = context.Pipe()
         job = dict(args=(end, cfg, micro_steps), kwargs=options, daemon=True)
-        context.Process(target=take_part, **job).start()
+        processes[name] = context.Process(target=take_part, **job)
+        processes[name].start()
         end.close()
         speeds[name] = []
     for i in range(-1, rounds):  # the first round, in which models compile, does not count
@@ -212,6 +213,7 @@ def race(contestants: dict, rounds: int, steps: int) -> tuple[dict, dict, dict]:
                 answer = "it died"
             if isinstance(answer, str):
                 failures[name] = answer
+                processes[name].kill()
                 continue
             seconds, memory[name] = answer
             if i >= 0:
@@ -221,8 +223,6 @@ def race(contestants: dict, rounds: int, steps: int) -> tuple[dict, dict, dict]:
                 print(f"{name}: {took:.0f} s until it ran", file=sys.stderr, flush=True)
     for name in pipes.keys() - failures.keys():
         pipes[name].send(0)
-    for process in multiprocessing.active_children():
-        process.kill()
     return speeds, memory, failures
 
 
@@ -565,8 +565,6 @@ def ddp(args) -> None:
 PARTS = (  # title, seconds at most, command, what makes it small for a rehearsal on a CPU
     ("Attention", 60, "attention --micro_batch_size=64", "--steps=1"),
     ("The step", 200, "batch --micro_batch_sizes 64", "--micro_batch_sizes 2 --steps=1"),
-    ("torch.compile with more tuning", 300, "compiler --micro_batch_size=64",
-        "--ways default --steps=1"),
     ("Where its time goes", 90, "profile --micro_batch_size=64", "--steps=2"),
     ("Tests that need a GPU", 120, "pytest", ""),
     ("Other micro-batches", 150, "batch --ours_alone --micro_batch_sizes 32 128",
@@ -577,6 +575,8 @@ PARTS = (  # title, seconds at most, command, what makes it small for a rehearsa
         "--batches=2 --examples=4 --steps=1"),
     ("The training loop", 90, "step --micro_batch_size=64 --rounds=6", "--steps=1"),
     ("From the textbook to the trainer", 240, "ladder", "--steps=1"),
+    ("torch.compile with more tuning", 300, "compiler --micro_batch_size=64",
+        "--ways default --steps=1"),
     ("Small cards", 120, "memory", ""),
     ("Several GPUs", 150, "ddp --micro_batch_size=32", "--steps=4"),
 )  # fmt: skip
