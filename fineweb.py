@@ -48,6 +48,7 @@ DATASET, CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 PRETOKENIZED = "kjj0/finewebedu10B-gpt2"
 PIECE = 2**20  # bytes of text a task: 100 ms of work, beside which sending it costs nothing
 BLOCK = 2**23  # bytes asked of the hub at a time
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
 
 class UserError(ValueError):
     """Something the person at the keyboard can put right: one `error:` line and exit code 2."""
@@ -56,11 +57,42 @@ def first_line(error: BaseException) -> str:
     lines = str(getattr(error, "msg", error)).splitlines()
     return lines[0] if lines else type(error).__name__
 
+# === The screen ===
+class Screen(io.RawIOBase):
+    """What stdout or stderr writes to. It drops what can't be printed: a pipe that is closed, a
+    terminal that is gone or a full disk shall not end the work."""
+
+    def __init__(self, raw):
+        self.raw, self.fileno, self.isatty = raw, raw.fileno, raw.isatty
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        try:
+            return self.raw.write(data)
+        except OSError:
+            return len(data)
+
+def keep_printing() -> None:
+    """Have stdout and stderr of this program drop what can't be printed."""
+    for name in "stdout", "stderr":
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell: `>&-`
+            setattr(sys, name, open(os.devnull, "w"))
+        elif isinstance(stream, io.TextIOWrapper):  # a notebook has streams of its own
+            screen = Screen(getattr(stream.buffer, "raw", stream.buffer))
+            how = dict(encoding=stream.encoding, errors="replace", line_buffering=True)
+            setattr(sys, name, io.TextIOWrapper(screen, **how))
+
 def say(message: str) -> None:
     """Print a line, above the progress bar if there is one."""
     from tqdm import tqdm
 
     tqdm.write(message)
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if names[5:] else "")
 
 # === Encodings ===
 def get_encoding(name: str):
@@ -113,8 +145,10 @@ ENCODINGS = {"gpt2": gpt2_encoding, "bytes": byte_encoding}
 # === Workers: text in, tokens out ===
 # Where text can be cut without changing its tokens: GPT-2's pattern never joins white space to a
 # character before it, nor a digit to a letter, so a token ends here whatever the context. ASCII
-# alone, lest it cut a character in two.
-CUT = re.compile(rb"(?<=[!-~])\s|(?<=[A-Za-z])[0-9]")
+# alone, lest it cut a character in two. Not after a `>`: it may be the end of SEPARATOR, to which
+# white space around it belongs.
+CUT = re.compile(rb"(?<=[!-=?-~])\s|(?<=[A-Za-z])[0-9]")
+SEPARATOR = b"<|endoftext|>"
 
 def stretches(text: bytes, at: int = 0):
     """(offset, stretch) of a text, from an offset on. A stretch has one to two PIECEs, or more
@@ -177,10 +211,11 @@ def tokenize(parts: list[tuple]) -> tuple[np.ndarray, list[int]]:
     return np.concatenate(arrays), counts
 
 def start_worker(encoding) -> None:
-    """Leave Ctrl-C to the parent, and end with it when it is killed."""
+    """Leave Ctrl-C and a lost terminal to the parent, and end with it when it is killed."""
     global ENCODING
     ENCODING = encoding
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(HANGUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -255,7 +290,11 @@ class RemoteFile(io.RawIOBase):
     readable = seekable = lambda self: True
 
     def __init__(self, url: str):
-        self.url, self.size, self.at = url, size_of_file(url), 0
+        import fsspec
+
+        self.url, self.at = url, 0
+        self.hub, self.path = fsspec.url_to_fs(url)
+        self.size = download(url, partial(self.hub.size, self.path))
 
     def seek(self, offset, whence=os.SEEK_SET):
         self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
@@ -269,45 +308,59 @@ class RemoteFile(io.RawIOBase):
         return length
 
     def fetch(self, length: int) -> bytes:
-        import fsspec
-
-        hub, path = fsspec.url_to_fs(self.url)
-        data = hub.cat_file(path, self.at, self.at + length, cache_type="none")
+        data = self.hub.cat_file(self.path, self.at, self.at + length, cache_type="none")
         if len(data) < length:
             raise OSError(f"the file is short by {length - len(data):,} bytes")
         return data
 
 def size_of_file(path: str) -> int:
-    if "://" not in path:
-        return os.path.getsize(path)
-    import fsspec
-
-    hub, name = fsspec.url_to_fs(path)
-    return download(path, partial(hub.size, name))
+    return RemoteFile(path).size if "://" in path else os.path.getsize(path)
 
 # === Sources ===
 # A reader yields (*place, starts, text) of one file: a place in it, whether a document starts
 # there, and its UTF-8, or None for a row without text. Given a place, it reads on there.
 
 def read_text(path: str, file, column: str, at: int = 0):
-    """A document, however long. A place is an offset in bytes."""
+    """What <|endoftext|> separates is a document, if it is not empty. A place is an offset in
+    bytes: of a separator, or of a stretch of a document."""
     skip(file, at)
-    text = b""
-    while block := file.read(max(2 * PIECE, len(text))):
-        text += block
-        *whole, (last, rest) = stretches(text)
-        for offset, stretch in whole:
-            yield at + offset, at + offset == 0, stretch
-        at, text = at + last, rest
-    yield at, at == 0, text
+    starts, rest, block = at == 0, b"", b"unread"
+    while block:
+        block, parts = file.read(max(2 * PIECE, len(rest))), []
+        check_encoding(path, block)
+        for _, stretch in stretches(rest + block):
+            first, *others = stretch.split(SEPARATOR)
+            parts += [first, *(SEPARATOR + part for part in others)]
+        rest = parts.pop() if block else b""  # it may go on in the next block
+        for part, after in zip(parts, [*parts, rest][1:], strict=True):
+            text = part.rstrip() if after.startswith(SEPARATOR) else part
+            if part.startswith(SEPARATOR):
+                text, starts = text.removeprefix(SEPARATOR).lstrip(), True
+            if at == 0:
+                text = text.removeprefix(codecs.BOM_UTF8)
+            if text:
+                yield at, starts, text
+                starts = False
+            at += len(part)
+
+def check_encoding(path: str, text: bytes) -> None:
+    """Raises UserError for text in UTF-16 or UTF-32, known by a mark or by NUL bytes."""
+    new = Path(path).with_suffix(".utf8.txt").name
+    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        name = "UTF-32" if b"\0\0" in text[:4] else "UTF-16"
+        help = f"iconv -f {name} -t UTF-8 {path} > {new}"
+        raise UserError(f"{path} is in {name}, not in UTF-8; convert it: {help}")
+    if b"\0" in text:
+        help = f"iconv -f UTF-16LE -t UTF-8 {path} > {new}, or drop them: tr -d '\\0'"
+        raise UserError(f"{path} holds NUL bytes; if it is in UTF-16, convert it: {help}")
 
 def skip(file, count: int) -> None:
     """Go so many bytes on from a file's start. What can't be skipped is read."""
     if file.seekable():
         file.seek(count)
-        return
-    while count > 0:
-        count -= len(file.read(min(count, PIECE))) or count
+    else:
+        for at in range(0, count, PIECE):
+            file.read(min(PIECE, count - at))
 
 def read_json(path: str, file, column: str, at: int = 0, number: int = 1):
     """Lines of JSON, a document each. A place is an offset in bytes and the number of a line. In a
@@ -399,12 +452,14 @@ COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open
 KINDS = f"{', '.join(READERS)} (all but the first with {', '.join(COMPRESSED)}, too)"
 
 def reader_of(path: str):
-    """(the reader of such a file, what uncompresses it); None for other kinds, and manifests."""
+    """(the reader of such a file, what uncompresses it); None for other kinds, for manifests, and
+    for the `._` files that macOS puts beside others."""
     stem, suffix = os.path.splitext(path.lower())
     unpack = COMPRESSED.get(suffix)
     read = READERS.get(os.path.splitext(stem)[1] if unpack else suffix)
     packed_parquet = unpack and read is read_parquet
-    if read is None or packed_parquet or os.path.basename(path) == "manifest.json":
+    name = os.path.basename(path)
+    if read is None or packed_parquet or name == "manifest.json" or name.startswith("._"):
         return None
     return read, unpack
 
@@ -433,19 +488,19 @@ def read_source(files: list[str], column: str, first: int = 0, *place):
             raise UserError(f"{path} can't be read ({first_line(error)})") from error
         before, place = before + sizes[i], []
 
-def pieces_of(items):
-    """(cursor, share of the source, bytes, parts) of pieces, each the work of a task."""
-    parts, size = [], 0
+def pieces_of(items, shards: list):
+    """(cursor, share of the source, bytes, parts) of pieces, each the work of a task. While there
+    is no shard, a piece is of one file, so that the files of the val shard are known."""
+    first, done, parts, size = None, 0, [], 0
     for cursor, text, starts, share in items:
-        if not parts:
-            first = cursor
+        if size > PIECE or (parts and not shards and cursor[0] != first[0]):
+            yield first, done, size, parts
+            parts, size = [], 0
+        first, done = first if parts else cursor, share
         parts.append((text, starts))
         size += 32 + len(text or b"")
-        if size > PIECE:
-            yield first, share, size, parts
-            parts, size = [], 0
     if parts:
-        yield first, share, size, parts
+        yield first, done, size, parts
 
 def find_files(patterns: list[str]) -> list[str]:
     """The files of --files: files, folders (all that lie in them) and globs. Raises UserError."""
@@ -489,8 +544,8 @@ def readable(files, where: str) -> list[str]:
         what = f"{others[0]} is no" if others else "there is no"
         raise UserError(f"{where}: {what} {KINDS}")
     if others:
-        names = ", ".join(others[:5]) + (", …" if others[5:] else "")
-        say(f"{where}: {len(others):,} of {len(files):,} files can't be read, left out: {names}")
+        what = f"{len(others):,} of {len(files):,} files can't be read"
+        say(f"{where}: {what}, left out: {some(others)}")
     return known
 
 def fingerprint(files: list[str]) -> str:
@@ -504,13 +559,13 @@ def fingerprint(files: list[str]) -> str:
     return digest.hexdigest()
 
 # === Shards and their manifest ===
-def write_file(path: Path, *contents: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Write a file; it appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
     try:
         with open(unfinished, "wb") as file:
-            file.writelines(contents)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
@@ -518,14 +573,12 @@ def write_file(path: Path, *contents: bytes) -> None:
         unfinished.unlink(missing_ok=True)
 
 def write_shard(path: Path, tokens: bytes) -> dict:
-    """Write what np.save would of uint16 tokens -> the shard's entry in the manifest."""
-    header, count = io.BytesIO(), len(tokens) // 2
-    form = dict(descr="<u2", fortran_order=False, shape=(count,))
-    np.lib.format.write_array_header_1_0(header, form)
-    digest = hashlib.sha256(header.getvalue())
-    digest.update(tokens)
-    write_file(path, header.getvalue(), tokens)
-    return dict(name=path.name, tokens=count, sha256=digest.hexdigest())
+    """Write uint16 tokens as np.save does -> the shard's entry in the manifest."""
+    content = io.BytesIO()
+    np.save(content, np.frombuffer(tokens, "<u2"))
+    write_file(path, content.getbuffer())
+    digest = hashlib.sha256(content.getbuffer()).hexdigest()
+    return dict(name=path.name, tokens=len(tokens) // 2, sha256=digest)
 
 def write_manifest(out: Path, manifest: dict) -> None:
     write_file(out / "manifest.json", json.dumps(manifest, indent=1).encode())
@@ -533,12 +586,36 @@ def write_manifest(out: Path, manifest: dict) -> None:
 def shard_name(prefix: str, i: int) -> str:
     return f"{prefix}_{'train' if i else 'val'}_{i:06d}.npy"
 
+@contextlib.contextmanager
+def locked(out: Path):
+    """Keep others from writing shards into a folder. Raises UserError where another does."""
+    import filelock
+
+    lock = filelock.FileLock(out / ".lock")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=5)  # the workers of a killed run may be dying still
+    except filelock.Timeout as error:
+        help = "wait for it, or choose another --out"
+        raise UserError(f"another fineweb.py is at work in {out}; {help}") from error
+    except (OSError, NotImplementedError):
+        pass  # nobody can write there, or no file be locked
+    try:
+        yield
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):
+            if os.listdir(out) == [".lock"]:  # nothing came of it
+                (out / ".lock").unlink()
+                out.rmdir()
+
 def open_manifest(out: Path, new: dict | None, prefix: str = "") -> dict | None:
     """The manifest of an earlier run of the same command, else `new`.
 
     Raises UserError when it is damaged, and when the folder holds something else: shards of another
     source, encoding or shard size, or one that no manifest lists and that is not the next one
-    (which a run that was killed had no time to note).
+    (which a run that was killed had no time to note). A lone val shard is made anew in another
+    size: nothing was trained on it.
     """
     path, help = out / "manifest.json", f"choose another --out, or remove {out}"
     try:
@@ -551,7 +628,9 @@ def open_manifest(out: Path, new: dict | None, prefix: str = "") -> dict | None:
         raise UserError(f"{path} is no manifest ({error!r}); {help}") from error
     for key in ("source", "fingerprint", "encoding", "shard_size") if manifest and new else ():
         old = manifest.get(key)
-        if old != new.get(key):
+        if key == "shard_size" and manifest.get("finished") and len(manifest["shards"]) == 1:
+            manifest = manifest if old == new[key] else new
+        elif old != new.get(key):
             change = f"the {key.replace('_', ' ')} is {new.get(key)}, and was {old}"
             change = "the text of the source has changed" if key == "fingerprint" else change
             raise UserError(f"{out} holds shards of another run: {change}; {help}")
@@ -620,6 +699,8 @@ class Shards:
         path = self.out / shard_name(self.prefix, i)
         self.shards.append(write_shard(path, self.tokens))
         self.tokens.clear()
+        if i == 0 and cursor:
+            self.manifest["val_files"] = cursor[0] + 1
         resume = dict(cursor=cursor, used=used, counts=self.counts)
         self.manifest.update(resume=resume, counts=self.counts, exhausted=exhausted)
         write_manifest(self.out, self.manifest)
@@ -650,7 +731,7 @@ def prepare(cfg) -> None:
     if manifest["exhausted"] or shards.count >= shards.limit:
         if not manifest.get("finished"):
             write_manifest(out, {**manifest, "finished": True})
-        summarise(out, manifest, "finished before")
+        summarise(out, manifest, files, "finished before")
         return
     if manifest["resume"]["cursor"] and "finished" not in manifest:
         what = f"{out} was begun by an older fineweb.py, which noted its place in another form"
@@ -664,13 +745,14 @@ def prepare(cfg) -> None:
         pool.submit(int).result()
         start = time.perf_counter()
         if not files:
-            files = manifest.get("files") or hub_files(cfg.dataset, cfg.name)
-            manifest["files"] = files
+            manifest["files"] = manifest.get("files") or hub_files(cfg.dataset, cfg.name)
         shards.go_on()
-        items = read_source(files, cfg.text_column, *manifest["resume"]["cursor"])
+        cursor = manifest["resume"]["cursor"]
+        items = read_source(files or manifest["files"], cfg.text_column, *cursor)
+        pieces = pieces_of(items, shards.shards)
         options = dict(unit=" tokens", unit_scale=True, disable=None)
         bar = stack.enter_context(tqdm(total=cfg.max_tokens, initial=first_count, **options))
-        for cursor, share, tokens, counts in tokenize_all(pool, pieces_of(items), cfg.num_workers):
+        for cursor, share, tokens, counts in tokenize_all(pool, pieces, cfg.num_workers):
             shards.add(cursor, tokens, counts, encoding.eot_token)
             bar.total = min(int(shards.count / share), shards.limit) if share else None
             bar.update(shards.count - bar.n)
@@ -682,7 +764,7 @@ def prepare(cfg) -> None:
         shards.finish(exhausted=shards.count < shards.limit)
         seconds = time.perf_counter() - start
     speed = (shards.count - first_count) / seconds
-    summarise(out, manifest, f"{seconds:.1f} s, {speed:,.0f} tokens a second")
+    summarise(out, manifest, files, f"{seconds:.1f} s, {speed:,.0f} tokens a second")
 
 def describe(cfg, files: list[str] | None) -> str:
     """A source in words, by which the manifest knows it again."""
@@ -691,7 +773,7 @@ def describe(cfg, files: list[str] | None) -> str:
     only_text = files and all(reader_of(path)[0] is read_text for path in files)
     return source if only_text else f"{source}, column {cfg.text_column}"
 
-def summarise(out: Path, manifest: dict, ending: str) -> None:
+def summarise(out: Path, manifest: dict, files: list[str] | None, ending: str) -> None:
     """The last lines of a run: what there is, and what to know about it."""
     documents, size, skipped, replaced = manifest["counts"]
     tokens, shards = total(manifest["shards"]), len(manifest["shards"])
@@ -701,10 +783,14 @@ def summarise(out: Path, manifest: dict, ending: str) -> None:
     if replaced:
         warnings.append(f"{replaced:,} broken UTF-8 sequences were replaced by U+FFFD")
     if shards == 1:
-        help = f"--shard_size {max(2, tokens // 10)} would do"
+        help = f"the same command with --shard_size {max(2, tokens // 10)} makes them anew"
         warnings.append(f"all tokens are in the val shard, none to train on; {help}")
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    if files and shards > 1 and (count := manifest.get("val_files")):
+        which = f"{count:,} of {len(files):,} files: {some(files[:count])}"
+        help = "to choose, change the order of --files, or --shard_size"
+        say(f"{out}: the val shard is the beginning of the text, from {which}; {help}")
     ratio = f"{size / max(1, tokens - documents):.2f} bytes a token"
     say(f"{out}: {shards} shards, {documents:,} documents, {tokens:,} tokens, {ratio}, {ending}")
 
@@ -835,32 +921,42 @@ def parse_flags(argv: list[str] | None):
         cfg.dataset, cfg.name = DATASET, cfg.name or CONFIG
     return cfg
 
+@contextlib.contextmanager
+def stopped_by_signals():
+    """Have SIGTERM and SIGHUP raise SystemExit, which passes `finally`, as Ctrl-C does."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, HANGUP)}
+    for signum, handler in before.items():
+        if handler != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
     try:
         cfg = parse_flags(argv)
-        signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # passes `finally`
-        if cfg.verify:
-            verify(Path(cfg.out))
-        elif cfg.pretokenized:
-            fetch(cfg)
-        else:
-            prepare(cfg)
+        with stopped_by_signals():
+            if cfg.verify:
+                verify(Path(cfg.out))
+                return 0
+            with locked(Path(cfg.out)):
+                fetch(cfg) if cfg.pretokenized else prepare(cfg)
         return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        reason = error
     except OSError as error:  # a full disk, a folder that can't be written
-        help = "put that right, and the same command goes on from here"
-        print(f"error: {error}; {help}", file=sys.stderr)
-        return 2
+        reason = f"{error}; put that right, and the same command goes on from here"
     except BrokenProcessPool:
-        help = "try again with fewer --num_workers"
-        print(f"error: a worker was killed (no memory left?); {help}", file=sys.stderr)
-        return 2
+        reason = "a worker was killed (no memory left?); try again with fewer --num_workers"
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last finished shard", file=sys.stderr)
         return 128 + signal.SIGINT
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    return 2
 
 if __name__ == "__main__":
+    keep_printing()
     sys.exit(main())
