@@ -939,7 +939,7 @@ def test_older_manifests_of_text_files_are_gone_on_with(inline, monkeypatch):
     manifest = json.loads((inline / "out" / "manifest.json").read_text())
     file, at, byte = manifest["resume"]["cursor"]
     assert file == 1 and at > 0 and byte == 0
-    del manifest["val_files"]
+    manifest.pop("val_files", None)
     (inline / "out" / "manifest.json").write_text(json.dumps(manifest))
     run(*command)
     assert_shards("out", shards_of(["some words " * 500, "other words " * 500], 400))
