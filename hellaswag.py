@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from fineweb import FlagParser, UserError, download, get_encoding, write_file
+from fineweb import FlagParser, UserError, download, get_encoding, keep_printing, write_file
 
 FILE = Path("hellaswag/hellaswag_val.bin")
 DATASET, SPLIT = "Rowan/hellaswag", "validation"
@@ -269,7 +269,7 @@ def write_model(folder: Path, sizes: dict, weights: dict) -> None:
 
 # === Command line ===
 def parse_flags(argv: list[str] | None):
-    parser = FlagParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = FlagParser(description="Score a model on HellaSwag.", allow_abbrev=False)
     add = parser.add_argument
     add("--file", type=Path, help=f"a local .jsonl ({DATASET}, {SPLIT}, from the Hugging Face hub)")
     add("--model", help="score gpt2 … gpt2-xl, a Hugging Face folder or a model_*.pt (none)")
@@ -326,5 +326,5 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # questions may hold what the terminal can't show
+    keep_printing()
     sys.exit(main())

@@ -5,6 +5,7 @@ import bz2
 import csv
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -17,15 +18,18 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import tiktoken
 from conftest import ROOT, TINY, python
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import fineweb
+import hellaswag
 from fineweb import byte_encoding, gpt2_encoding
+from train_gpt2 import find_shards
 
 GPT2 = gpt2_encoding()
 INTERRUPTS = int(os.environ.get("INTERRUPTS", 50))
@@ -35,7 +39,7 @@ ODD = [
     "汉字。没有空格",
     "it's 123abc 'll", "\0",
 ]  # fmt: skip
-LETTERS = "ab1 \n😀é'。<|endoftext|>"
+LETTERS = [*"ab1 \n😀é'。<|endoftext|>", "<|endoftext|>"]
 FOX = "the quick brown fox's 12th jump 😀 "
 DOCUMENTS = [*ODD, *(f"document {i}: " + FOX * (i % 7) + " " * (i % 5) for i in range(60))]
 
@@ -49,10 +53,15 @@ def shards_of(documents, shard_size, encoding=GPT2, limit=None):
     return [tokens[i : i + shard_size] for i in range(0, len(tokens), shard_size)]
 
 
+def documents_in(text):
+    """The documents of a text file, as <|endoftext|> separates them."""
+    return [document for document in re.split(r"(?a:\s*)<\|endoftext\|>(?a:\s*)", text) if document]
+
+
 def read(out):
-    """The shards of a folder in order, the first val; only manifest.json lies beside them."""
+    """The shards of a folder in order, the first val; only manifest.json and a lock lie beside."""
     paths = sorted((path for path in Path(out).glob("*.npy")), key=lambda path: path.stem[-6:])
-    assert {path.name for path in Path(out).iterdir()} == {
+    assert {path.name for path in Path(out).iterdir()} - {".lock"} == {
         "manifest.json",
         *(path.name for path in paths),
     }
@@ -254,8 +263,8 @@ def test_every_kind_of_file_is_read_and_gone_on_with(suffix, inline, monkeypatch
     documents = [d.replace("\r", "") for d in DOCUMENTS]
     path = inline / f"a.{suffix}"
     if suffix == "md":
-        documents = ["\n".join(documents)]
-        content = documents[0].encode()
+        content = "\n".join(documents).replace("\0", "")
+        content, documents = content.encode(), documents_in(content)
     elif suffix.startswith("csv"):
         content = write_csv(inline / "b.csv", documents).read_bytes()
     elif suffix.startswith("json."):
@@ -360,17 +369,20 @@ def test_interrupted_anywhere_it_ends_with_the_same_shards(kind, inline, monkeyp
 
     @settings(deadline=None, max_examples=30, suppress_health_check=list(HealthCheck))
     @given(
-        st.lists(st.text(st.sampled_from(LETTERS), max_size=80), min_size=1, max_size=12),
+        st.lists(st.lists(st.sampled_from(LETTERS), max_size=80), min_size=1, max_size=12),
         st.integers(2, 60),
         st.lists(st.tuples(st.integers(0, 12), st.integers(1, 60)), max_size=4),
         st.integers(1, 9),
     )  # fmt: skip
     def check(documents, shard_size, interruptions, group):
+        documents = ["".join(letters) for letters in documents]
         folder = inline / str(next(counter))
         folder.mkdir()
         if kind == "txt":
             for i, document in enumerate(documents):
                 (folder / f"{i:02d}.txt").write_bytes(document.encode())
+            documents = [part for document in documents for part in documents_in(document)]
+            assume(documents)
         elif kind == "jsonl":
             write_jsonl(folder / "a.jsonl.gz", documents[:5])
             write_jsonl(folder / "b.jsonl", documents[5:])
@@ -544,9 +556,8 @@ def test_interrupted_at_any_instruction_nothing_unfinished_is_left(inline):
     for i, instruction in enumerate(dice.sample(range(1, count + 1), min(INTERRUPTS, count))):
         out = inline / f"out{i}"
         assert run_until(instruction, out) == 130
-        assert not [path for path in out.glob("*") if path.suffix not in (".npy", ".json")], (
-            instruction
-        )
+        left = {path.suffix for path in out.glob("[!.]*")}
+        assert left <= {".npy", ".json"}, instruction
         for path in out.glob("*.npy"):
             np.testing.assert_array_equal(np.load(path), expected[int(path.stem[-6:])])
         assert run_until(10**9, out) == 0
@@ -869,6 +880,7 @@ def test_a_full_disk_leaves_what_is_finished_and_is_gone_on_from(tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "text_val_000000.npy",
         "manifest.json",
+        ".lock",
     }
     run("--files", tmp_path / "a.txt", f"--out={tmp_path / 'out'}", *command[3:])
     assert_shards(tmp_path / "out", shards_of(["some words " * 30_000], 100_000, byte_encoding()))
@@ -885,6 +897,265 @@ def test_a_killed_worker_is_an_error_not_a_hang(tmp_path):
     )
     done = python("-c", script, "--files", "a.jsonl", "--encoding=bytes", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "error: a worker was killed" in done.stderr
+
+
+# --------------------------------------------------------------------------------------------------
+# Text as it is
+
+
+STORIES = "Once\n\nupon.\n<|endoftext|>\nA cat.\r\n<|endoftext|>\r\n\r\n<|endoftext|>The end.\n"
+
+
+@pytest.mark.parametrize("suffix", ["txt", "md", "txt.gz"])
+def test_a_separator_in_a_text_file_begins_a_document(suffix, inline, capsys, monkeypatch):
+    """White space around it is not text, wherever the blocks end that are read."""
+    opener = gzip.open if suffix.endswith("gz") else open
+    with opener(inline / f"a.{suffix}", "wb") as file:
+        file.write(STORIES.encode())
+    for piece in 1, 2, 5, 7, 2**20:
+        monkeypatch.setattr(fineweb, "PIECE", piece)
+        run("--files", f"a.{suffix}", f"--out=out{piece}", "--shard_size=5")
+        assert_shards(f"out{piece}", shards_of(["Once\n\nupon.", "A cat.", "The end.\n"], 5))
+        assert " 3 documents" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_separator_at_either_end_of_a_file_makes_no_empty_document(inline):
+    (inline / "a.txt").write_text("<|endoftext|>\nA\n<|endoftext|>\n")
+    (inline / "b.txt").write_text(" B ")
+    (inline / "c.txt").write_text("\n<|endoftext|>\n\n<|endoftext|>")
+    (inline / "d.txt").write_text("")
+    write_jsonl(inline / "e.jsonl", ["C\n<|endoftext|>\nD"])
+    run("--files", ".", "--out=out", "--shard_size=9")
+    assert_shards("out", shards_of(["A", " B ", "C\n<|endoftext|>\nD"], 9))
+
+
+def test_older_manifests_of_text_files_are_gone_on_with(inline, monkeypatch):
+    """A place in a text file is noted as it was before separators counted."""
+    monkeypatch.setattr(fineweb, "PIECE", 500)
+    (inline / "a.txt").write_text("some words " * 500)
+    (inline / "b.txt").write_text("other words " * 500)
+    command = ["--files", "a.txt", "b.txt", "--out=out", "--shard_size=400"]
+    run(*command, "--max_tokens=1300")
+    manifest = json.loads((inline / "out" / "manifest.json").read_text())
+    file, at, byte = manifest["resume"]["cursor"]
+    assert file == 1 and at > 0 and byte == 0
+    manifest.pop("val_files", None)
+    (inline / "out" / "manifest.json").write_text(json.dumps(manifest))
+    run(*command)
+    assert_shards("out", shards_of(["some words " * 500, "other words " * 500], 400))
+
+
+@pytest.mark.parametrize(
+    "encoding, name", [("utf-16", "UTF-16"), ("utf-32", "UTF-32"), ("utf-16-le", "UTF-16")]
+)
+def test_text_in_another_encoding_is_an_error_that_says_how_to_convert_it(
+    encoding, name, inline, capsys
+):
+    (inline / "a.txt").write_bytes("é, a text\n".encode(encoding))
+    error = error_of(capsys, "--files", "a.txt", "--out=out")
+    assert f"looks like {name}, not like UTF-8" in error and not (inline / "out").exists()
+    (command,) = re.findall(r"`(iconv -f UTF-.. -t UTF-8 a.txt > new.txt)`", error)
+    subprocess.run(command, shell=True, check=True)
+    run("--files", "new.txt", "--out=out")
+    assert_shards("out", shards_of(["é, a text\n"], 100))
+
+
+def test_big_endian_marks_are_known(inline, capsys):
+    for name in "UTF-16", "UTF-32":
+        (inline / "a.md").write_bytes("\ufeffa".encode(name + "-be"))
+        assert f"looks like {name}, not" in error_of(capsys, "--files", "a.md", "--out=out")
+
+
+def test_a_mark_of_utf8_is_no_text(inline):
+    (inline / "a.txt").write_text("one", encoding="utf-8-sig")
+    (inline / "b.txt").write_text("<|endoftext|>two \ufeff", encoding="utf-8-sig")
+    run("--files", "a.txt", "b.txt", "--out=out")
+    assert_shards("out", shards_of(["one", "two \ufeff"], 100))
+
+
+def test_names_that_begin_with_a_dot_and_underscore_are_left_out_and_counted(inline, capsys):
+    (inline / "texts").mkdir()
+    for name in "a.txt", "._a.txt":
+        (inline / "texts" / name).write_text(name)
+    run("--files", "texts", "--out=out")
+    assert "1 of 2 files can't be read, left out: texts/._a.txt" in capsys.readouterr().out
+    assert_shards("out", shards_of(["a.txt"], 100))
+
+
+@pytest.mark.parametrize("content", ["", "\ufeff", "\n<|endoftext|>\n"])
+def test_an_empty_source_is_an_error(content, inline, capsys):
+    (inline / "a.txt").write_text(content, encoding="utf-8")
+    assert "there is no text in it" in error_of(capsys, "--files", "a.txt", "--out=out")
+    assert not (inline / "out").exists()
+
+
+def test_the_last_lines_say_which_files_the_val_shard_is_made_of(inline, capsys):
+    for name in "abcd":
+        (inline / f"{name}.txt").write_text("some words " * 20)
+    command = ["--files", "d.txt", "c.txt", "b.txt", "a.txt", "--out=out", "--encoding=bytes"]
+    command.append("--shard_size=300")
+    for more in ["--max_tokens=400"], [], []:  # the last one has nothing to do
+        run(*command, *more)
+        line = capsys.readouterr().out.splitlines()[-2]
+        assert "from 2 of 4 files: d.txt, c.txt; to choose, change the order of --files" in line
+    run(*command[:-1], "--shard_size=221", "--out=other")
+    assert "from 1 of 4 files: d.txt;" in capsys.readouterr().out.splitlines()[-2]
+
+
+def test_the_advice_for_a_lone_val_shard_can_be_followed_at_once(inline, capsys):
+    (inline / "a.txt").write_text("some words " * 20)
+    command = ["--files", "a.txt", "--out=out"]
+    run(*command)
+    advice = re.search(r"the same command with (--shard_size \d+) makes", capsys.readouterr().err)
+    run(*command, *advice[1].split())
+    assert "warning" not in capsys.readouterr().err
+    assert_shards("out", shards_of(["some words " * 20], int(advice[1].split()[1])))
+    run("--verify", "--out=out")
+    assert "the shard size is 7, and was" in error_of(capsys, *command, "--shard_size=7")
+
+
+# --------------------------------------------------------------------------------------------------
+# Programs: what they print, the signals they get, and others like them
+
+
+def shell(command, **options):
+    how = dict(shell=True, executable="/bin/bash", capture_output=True, text=True, timeout=60)
+    command = command.replace("PROGRAM", f"{sys.executable} {ROOT}")
+    return subprocess.run(f"set -o pipefail; {command}", **how, **options)
+
+
+needs_bash = pytest.mark.skipif(sys.platform != "linux", reason="needs bash and /dev/full")
+MAKE = "fineweb.py --files a.txt --encoding bytes --shard_size 50000 --num_workers 1 --out"
+
+
+@needs_bash
+@pytest.mark.parametrize("output", ["2>&1 | head -n 1", ">/dev/full 2>&1", ">&- 2>&-"])
+def test_what_cannot_be_printed_is_dropped_and_the_work_goes_on(output, tmp_path):
+    (tmp_path / "a.txt").write_text("some words " * 50_000)
+    done = shell(f"PROGRAM/{MAKE} out {output}", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_shards(tmp_path / "out", shards_of(["some words " * 50_000], 50_000, byte_encoding()))
+    done = shell(f"PROGRAM/fineweb.py --files none.txt {output}", cwd=tmp_path)
+    assert done.returncode == 2 and "Exception ignored" not in done.stdout + done.stderr
+
+
+@needs_bash
+def test_a_terminal_that_is_gone_does_not_end_the_work(tmp_path):
+    import pty
+
+    (tmp_path / "a.txt").write_text("some words " * 50_000)
+    terminal, end = pty.openpty()
+    command = [sys.executable, *f"{ROOT}/{MAKE} out".split()]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=end, stderr=end)
+    os.close(end)
+    os.read(terminal, 1)
+    os.close(terminal)
+    assert process.wait(timeout=60) == 0
+    assert_shards(tmp_path / "out", shards_of(["some words " * 50_000], 50_000, byte_encoding()))
+
+
+@needs_bash
+def test_hellaswag_prints_what_it_can(tmp_path, monkeypatch, capsys):
+    row = json.dumps(dict(ctx="a", endings=[" on", " off", " up", " down"], label=0))
+    (tmp_path / "q.jsonl").write_text(row)
+    done = shell("PROGRAM/hellaswag.py --file q.jsonl >&-", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    monkeypatch.setattr(hellaswag, "__doc__", None)  # as under -OO
+    assert hellaswag.main(["--file", str(tmp_path), "--show=1"]) == 2
+    assert "error: --show needs a model" in capsys.readouterr().err
+
+
+def test_a_notebooks_own_streams_stay(monkeypatch):
+    for name in "stdout", "stderr":
+        monkeypatch.setattr(sys, name, io.StringIO())
+    streams = sys.stdout, sys.stderr
+    fineweb.keep_printing()
+    assert (sys.stdout, sys.stderr) == streams
+
+
+@needs_bash
+def test_names_the_terminal_cannot_show_and_no_docstrings(tmp_path):
+    (tmp_path / "a.txt").write_text("some words")
+    program = f"PYTHONIOENCODING=ascii {sys.executable} -OO {ROOT}/{MAKE} 'dä ta'"
+    done = shell(program, cwd=tmp_path)
+    assert done.returncode == 0 and "d? ta: 1 shards" in done.stdout, done.stderr
+    assert (tmp_path / "dä ta" / "manifest.json").exists()
+    done = shell(f"{program} --shard_size 1", cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP")
+@pytest.mark.parametrize("nohup, code", [(False, 129), (True, 0)])
+def test_sighup_stops_as_sigterm_does_unless_it_is_ignored(nohup, code, tmp_path):
+    """A terminal that closes sends it to the workers, too."""
+    (tmp_path / "a.txt").write_text("some words " * 500_000)
+    command = [sys.executable, *f"{ROOT}/{MAKE} out".split()]
+    how = dict(cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if nohup:
+        command = ["nohup", *command]
+    process = subprocess.Popen(command, start_new_session=True, **how)
+    process.stdout.readline()  # the first shard
+    os.killpg(process.pid, signal.SIGHUP)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in err and "error" not in err, err
+    assert (len(read(tmp_path / "out")) == 111) == nohup
+
+
+def test_signals_are_handled_as_before_after_main(inline, capsys):
+    write_jsonl(inline / "a.jsonl", DOCUMENTS)
+
+    def mine(*_):
+        pass
+
+    names = [name for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)]
+    before = {getattr(signal, name): signal.signal(getattr(signal, name), mine) for name in names}
+    try:
+        run("--files", "a.jsonl", "--out=out", "--encoding=bytes")
+        run("--files", "none.jsonl", code=2)
+        assert all(signal.getsignal(signum) is mine for signum in before)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def test_a_second_run_in_a_folder_says_that_another_is_at_work_there(tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.txt").write_text("some words " * 2_000_000)
+    out, command = tmp_path / "out", [sys.executable, *f"{ROOT}/{MAKE} out".split()]
+    how = dict(cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen(command, **how)
+    first.stdout.readline()
+    first.send_signal(signal.SIGSTOP)
+    acquire = filelock.FileLock.acquire
+    with monkeypatch.context() as patch:  # it waits five seconds
+        patch.setattr(filelock.FileLock, "acquire", lambda lock, timeout: acquire(lock, 0.1))
+        for source in f"--files={tmp_path / 'a.txt'}", "--pretokenized=a/b":
+            error = error_of(capsys, source, f"--out={out}")
+            assert f"another fineweb.py is at work in {out}; wait for it" in error
+    run("--verify", f"--out={out}")
+    first.kill()
+    second = subprocess.Popen(command, **how)  # a killed one is in nobody's way
+    assert "going on after" in second.stdout.readline()
+    for process in first, second:
+        process.kill()
+        process.communicate()
+    assert {path.suffix for path in find_shards(out, "val")} == {".npy"}
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid") or os.getuid() != 0, reason="root can be others")
+def test_a_folder_that_cannot_be_written_needs_no_lock(tmp_path):
+    (tmp_path / "a.txt").write_text("some words " * 20)
+    command = ["--files", tmp_path / "a.txt", f"--out={tmp_path / 'out'}", "--encoding=bytes"]
+    run(*command)
+    (tmp_path / "out" / ".lock").unlink()
+    script = (
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb, filelock, mmap, tqdm\n"
+        "os.chdir('/'); os.setegid(65534); os.seteuid(65534)\n"
+        "sys.exit(fineweb.main(sys.argv[1:]))"
+    )
+    for folder in tmp_path, *tmp_path.parents[:2]:
+        folder.chmod(0o755)
+    for more, word in ([], "finished before"), (["--verify"], "as manifest.json says"):
+        assert word in python("-c", script, *command, *more, cwd=tmp_path).stdout
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,10 +8,11 @@ import subprocess
 from dataclasses import fields
 from unittest import mock
 
+import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY
 
-from train_gpt2 import TrainConfig
+from train_gpt2 import TrainConfig, main
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FLAGS = {field.name: field for field in fields(TrainConfig) if field.metadata}
@@ -73,3 +74,38 @@ def test_ci_runs_the_commands_of_the_readme(heading, command):
     function = script[script.index("commands() {") : script.index("environment=")]
     bash = ["bash", "-c", f"{function}\ncommands '{heading}'"]
     assert subprocess.check_output(bash, cwd=ROOT, text=True).splitlines()[-1] == command
+
+
+OWN_VOCABULARY = """
+import json
+from pathlib import Path
+
+import numpy as np
+from tokenizers import ByteLevelBPETokenizer
+
+text = Path("book.txt").read_text(encoding="utf-8")
+bpe = ByteLevelBPETokenizer()
+bpe.train_from_iterator([text], vocab_size=8000, special_tokens=["<|endoftext|>"])
+tokens = np.array(bpe.encode("<|endoftext|>" + text).ids, dtype=np.uint16)
+val, train = np.split(tokens, [len(tokens) // 10])
+Path("mytokens").mkdir()
+np.save("mytokens/book_val_000000.npy", val)
+np.save("mytokens/book_train_000001.npy", train)
+manifest = dict(encoding="my own", vocab_size=bpe.get_vocab_size())
+Path("mytokens/manifest.json").write_text(json.dumps(manifest))
+"""
+
+
+def test_shards_of_an_own_vocabulary_train_as_the_readme_shows(tmp_path, monkeypatch, capsys):
+    assert OWN_VOCABULARY.strip() in README or "tokenizers" not in README
+    monkeypatch.chdir(tmp_path)
+    text = "the quick brown fox jumps over the lazy dog, é 😀\n" * 50
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    names = {}
+    exec(OWN_VOCABULARY, names)
+    shards = [np.load(path) for path in sorted(tmp_path.glob("mytokens/*.npy"), reverse=True)]
+    assert all(shard.dtype == np.uint16 for shard in shards) and shards[0][0] == 0
+    assert names["bpe"].decode(np.concatenate(shards).tolist()) == text
+    size = names["bpe"].get_vocab_size()
+    assert main([*TINY, "--data=mytokens", "--log_dir=log", "--max_steps=2"]) == 0
+    assert f"vocab_size={size}" in capsys.readouterr().out
