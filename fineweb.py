@@ -855,6 +855,7 @@ def parse_flags(argv: list[str] | None):
     """The command line, checked. Raises UserError."""
     parser = FlagParser(description="Make token shards of text.", allow_abbrev=False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = min(cores, 61) if sys.platform == "win32" else cores  # what Windows can wait for
     add = parser.add_argument
     add("--dataset", help=f"text data set on the Hugging Face hub ({DATASET})")
     add("--name", help=f"its configuration ({CONFIG} with the default data set)")
