@@ -1,0 +1,142 @@
+"""What torch.compile and memory get to see of a training step. No GPU is needed: nothing of the
+124M model is computed, only its tensors' sizes and types are followed."""
+
+import weakref
+
+import pytest
+import torch
+from conftest import TINY
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import train_gpt2
+from train_gpt2 import GPT2, GPT2Config, main
+
+RUN = ["--data", "data", *TINY]
+B, T = 2, 1024
+
+
+def storages(tensors):
+    """Views share a storage, and count once."""
+    unique = {z.untyped_storage()._cdata: z for z in tensors if isinstance(z, torch.Tensor)}
+    return unique.values()
+
+
+def saved_for_backward(n_layer, dtype):
+    """The tensors with a row for each of B × T tokens that the compiled forward pass of a model as
+    wide as the 124M one leaves to the backward pass."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    as_inductor = dict(decompositions=select_decomp_table)
+    as_inductor.update(partition_fn=min_cut_rematerialization_partition)
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, **as_inductor)
+    torch._dynamo.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = GPT2(GPT2Config(n_layer=n_layer))
+        x = torch.zeros(B, T, dtype=torch.int64)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+            loss = torch.compile(model, backend=backend, dynamic=False)(x, x)[1]
+        loss.backward()
+    (outputs,) = graphs[0].graph.find_nodes(op="output")
+    values = [node.meta["val"] for node in tree_leaves(outputs.args) if node.op != "placeholder"]
+    return [z for z in storages(values) if z.shape[:2] == (B, T) or z.shape[:1] == (B * T,)
+            or z.shape[:3] == (B, 12, T)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved():
+    return {n_layer: saved_for_backward(n_layer, "bf16") for n_layer in (1, 2)}
+
+
+def size(tensors):
+    return sum(z.untyped_storage().nbytes() for z in tensors)
+
+
+def test_bytes_a_token_that_wait_for_the_backward_pass(saved):
+    """With a residual stream of 32 bits they were 437,696."""
+    one, two = (size(saved[n_layer]) / (B * T) for n_layer in (1, 2))
+    whole = one + 11 * (two - one)
+    assert whole < 401_000
+
+
+def test_what_waits_for_the_backward_pass_is_in_16_bits(saved):
+    wide = [z for z in saved[2] if z.numel() >= 64 * B * T]
+    assert {z.dtype for z in wide} == {torch.bfloat16}
+    logits = [z for z in wide if z.size(-1) == 50304]
+    assert len(logits) == 1  # and not their softmax or their gradient besides
+
+
+def test_stream_is_left_in_float32_without_autocast():
+    assert {z.dtype for z in saved_for_backward(1, "fp32")} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_residual_stream_is_in_bf16_but_never_in_fp16(dtype):
+    model, seen = GPT2(GPT2Config(n_layer=2, n_head=2, n_embd=32, block_size=16)), []
+    for block in model.transformer.h:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", dtype):
+        model(torch.zeros(1, 16, dtype=torch.int64))
+    # fp16 ends at 65,504, which the sum of all branches may pass
+    assert seen == 2 * [torch.bfloat16 if dtype == torch.bfloat16 else torch.float32]
+
+
+def test_training_is_one_graph_and_validation_one_more(here, monkeypatch):
+    counter, compiled = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiled(f, backend=counter, **how))
+    torch._dynamo.reset()
+    evaluations = ["--val_every=5", "--val_tokens=200", "--sample_every=5", "--max_new_tokens=4"]
+    assert main([*RUN, "--log_dir=log", "--compile", "--micro_batch_size=2", *evaluations]) == 0
+    assert counter.frame_count == 2
+
+
+class Tally(TorchDispatchMode):
+    """Bytes of the tensors made while this is on: alive now, and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        for z in storages(tree_leaves(out)):
+            storage = z.untyped_storage()
+            if storage._cdata not in self.alive:
+                self.alive[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def free(self, key):
+        self.now -= self.alive.pop(key)
+
+
+def test_trial_of_a_micro_batch_takes_the_memory_of_a_step(here, monkeypatch):
+    """In the second micro-step activations, the sum of gradients and those of a layer are alive at
+    once; so are AdamW's moments."""
+    tally, peaks, fit = Tally(), [], train_gpt2.fit_micro_batch
+
+    def trial(*args):
+        tally.peak = tally.now
+        B = fit(*args)
+        peaks.append(tally.peak)
+        tally.peak = tally.now
+        return B
+
+    monkeypatch.setattr(train_gpt2, "fit_micro_batch", trial)
+    with tally:
+        wide = ["--n_embd=128", "--max_steps=3", "--micro_batch_size=2"]
+        assert main([*RUN, *wide, "--log_dir=log"]) == 0
+    peaks.append(tally.peak)
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
