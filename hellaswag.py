@@ -8,8 +8,7 @@
 HellaSwag (Zellers et al., 2019, arXiv:1905.07830) has 10,042 questions to validate on, easy for
 people. The model is not asked: its choice is the ending it finds likeliest after the context. acc
 goes by an ending's log-likelihood, which favours short ones, acc_norm by its mean over the tokens.
-The file made here is llm.c's; train_gpt2.py scores on it as it trains. Models come as others store
-them, too: the way from and to Hugging Face's format is here as well."""
+The file made here is llm.c's; train_gpt2.py scores on it. Models of others are read here, too."""
 
 import functools
 import json
@@ -204,15 +203,14 @@ PUBLISHED = dict(  # what its config must say to mean GPT-2 as published
 TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # stored the other way round
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 GPT2_TOKENS = range(50257, 50308)  # sizes of GPT-2's vocabulary: some add special tokens
-FILES = ["config.json", "model.safetensors", "model-*.safetensors"]
-PICKLED = ["pytorch_model.bin", "pytorch_model-*.bin"]  # older
+SAFE = ["config.json", "model.safetensors", "model-*.safetensors"]
+PICKLED = ["pytorch_model.bin", "pytorch_model-*.bin"]  # what older ones have instead
 OPENAIS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB = dict(distilgpt2="distilbert/distilgpt2", **{n: f"openai-community/{n}" for n in OPENAIS})
 
 def read_model(what: str, config_of) -> tuple:
-    """(config_of(sizes, weights), weights) of a GPT-2 in a file of nanoGPT or build-nanogpt, in a
-    folder of transformers or, where there is neither, on the hub. Runs no code. Raises UserError.
-    """
+    """(config_of(sizes, weights), weights) of a file of nanoGPT or build-nanogpt, of transformers'
+    folder or, where there is neither, of a model on the hub. Runs no code. Raises UserError."""
     path = Path(what) if Path(what).exists() else fetch_model(what)
     try:
         config, weights = read_folder(path) if path.is_dir() else read_nanogpt(path)
@@ -224,8 +222,7 @@ def read_model(what: str, config_of) -> tuple:
         return config_of(sizes, weights), weights
     except Exception as error:  # a damaged or foreign file fails in any layer
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        reason = f"{what} can't be read as a GPT-2's ({reason:.250})"
-        raise UserError(f"{reason}; get it again, or choose another") from error
+        raise UserError(f"{what} can't be read as GPT-2 ({reason:.250}); choose another") from error
 
 def fetch_model(what: str) -> Path:
     """A folder with the files of a model on the hub. Raises UserError."""
@@ -234,7 +231,7 @@ def fetch_model(what: str) -> Path:
     name = HUB.get(what, what)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or name.endswith((".pt", ".bin")):
         raise UserError(f"{what} is no model; name gpt2 … gpt2-xl, user/model of the hub or a path")
-    for files in FILES, FILES + PICKLED:
+    for files in SAFE, SAFE + PICKLED:
         fetch = functools.partial(snapshot_download, name, allow_patterns=files)
         folder = Path(download(name, fetch, "connect to the network, or name a local folder"))
         if any(folder.glob("*.safetensors")):
@@ -248,10 +245,9 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
     for key, value in dict(PUBLISHED, n_inner=4 * config.get("n_embd", 0)).items():
         if config.get(key) not in (None, value):
             raise ValueError(f"another model than GPT-2: {key} {config[key]}")
-    found = (sorted(folder.glob(name)) for name in (*FILES[1:], *PICKLED))
+    found = (sorted(folder.glob(name)) for name in (*SAFE[1:], *PICKLED))
     for file in next(filter(None, found), [folder / "model.safetensors"]):
-        safe = file.suffix == ".safetensors"
-        part = load_file(file) if safe else torch.load(file, "cpu", weights_only=True)
+        part = load_file(file) if "safe" in file.name else torch.load(file, "cpu", weights_only=True)
         for name, value in part.items():
             if not name.startswith(("transformer.", "lm_head.")):  # so OpenAI's on the hub
                 name = f"transformer.{name}"
@@ -259,6 +255,7 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
     return dict(config, block_size=config.get("n_positions")), weights
 
 def read_nanogpt(file: Path) -> tuple[dict, dict]:
+    # Of nanoGPT's GELU ours is an approximation, and less than 0.0005 from it.
     # build-nanogpt's files hold an object of its own class, and another class stands in for that
     with torch.serialization.safe_globals([(types.SimpleNamespace, "__main__.GPTConfig")]):
         state = dict(torch.load(file, "cpu", weights_only=True, mmap=str(file).isprintable()))
@@ -272,17 +269,16 @@ def read_nanogpt(file: Path) -> tuple[dict, dict]:
     return state["model_args"] if "model_args" in state else vars(state["config"]), weights
 
 def write_model(folder: Path, sizes: dict, weights: dict) -> None:
-    """Write a folder that transformers' GPT2LMHeadModel.from_pretrained opens, and AutoTokenizer
-    where it knows the tokens. Raises UserError."""
+    """Write a folder for transformers, with the tokenizer if it has one. Raises UserError."""
     from safetensors.torch import save_file
 
     V, state = sizes["vocab_size"], {}
     for name, value in weights.items():
-        if name != "lm_head.weight":  # the embedding once more
-            value = value[:V] if name == "transformer.wte.weight" else value  # without padding
-            state[name] = (value.t() if name.endswith(TRANSPOSED) else value).contiguous()
-    end = 50256 if V in GPT2_TOKENS else V - 1  # <|endoftext|> is the last of the first tokens
-    special = dict(bos_token_id=end, eos_token_id=end)
+        value = value[:V] if name == "transformer.wte.weight" else value  # without padding
+        state[name] = (value.t() if name.endswith(TRANSPOSED) else value).contiguous()
+    state.pop("lm_head.weight")  # the embedding once more
+    endoftext = 50256 if V in GPT2_TOKENS else V - 1
+    special = dict(bos_token_id=endoftext, eos_token_id=endoftext)
     config = dict(
         PUBLISHED, **special, architectures=["GPT2LMHeadModel"], vocab_size=V,
         n_positions=sizes["block_size"], n_layer=sizes["n_layer"], n_head=sizes["n_head"],
