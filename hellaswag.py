@@ -234,9 +234,8 @@ def fetch_model(what: str) -> Path:
     for files in SAFE, SAFE + PICKLED:
         fetch = functools.partial(snapshot_download, name, allow_patterns=files)
         folder = Path(download(name, fetch, "connect to the network, or name a local folder"))
-        if any(folder.glob("*.safetensors")):
-            break
-    return folder
+        if files != SAFE or any(folder.glob("*.safetensors")):
+            return folder
 
 def read_folder(folder: Path) -> tuple[dict, dict]:
     from safetensors.torch import load_file
@@ -247,7 +246,8 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
             raise ValueError(f"another model than GPT-2: {key} {config[key]}")
     found = (sorted(folder.glob(name)) for name in (*SAFE[1:], *PICKLED))
     for file in next(filter(None, found), [folder / "model.safetensors"]):
-        part = load_file(file) if "safe" in file.name else torch.load(file, "cpu", weights_only=True)
+        safe = file.suffix == ".safetensors"
+        part = load_file(file) if safe else torch.load(file, "cpu", weights_only=True)
         for name, value in part.items():
             if not name.startswith(("transformer.", "lm_head.")):  # so OpenAI's on the hub
                 name = f"transformer.{name}"
