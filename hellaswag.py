@@ -272,7 +272,7 @@ def write_model(folder: Path, sizes: dict, weights: dict) -> None:
     """Write a folder for transformers, with the tokenizer if it has one. Raises UserError."""
     from safetensors.torch import save_file
 
-    V, state = sizes["vocab_size"], {}
+    V, T, state = sizes["vocab_size"], sizes["block_size"], {}
     for name, value in weights.items():
         value = value[:V] if name == "transformer.wte.weight" else value  # without padding
         state[name] = (value.t() if name.endswith(TRANSPOSED) else value).contiguous()
@@ -281,15 +281,15 @@ def write_model(folder: Path, sizes: dict, weights: dict) -> None:
     special = dict(bos_token_id=endoftext, eos_token_id=endoftext)
     config = dict(
         PUBLISHED, **special, architectures=["GPT2LMHeadModel"], vocab_size=V,
-        n_positions=sizes["block_size"], n_layer=sizes["n_layer"], n_head=sizes["n_head"],
-        n_embd=sizes["n_embd"], embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+        n_layer=sizes["n_layer"], n_head=sizes["n_head"], n_embd=sizes["n_embd"], n_positions=T,
+        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, n_ctx=T,  # llama.cpp reads n_ctx
     )  # fmt: skip
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--export {folder} is there already; choose another folder")
     config, special = json.dumps(config, indent=2), json.dumps(special, indent=2)
     files = {"config.json": config, "generation_config.json": special}
     try:
-        files |= tokenizer_files(V, sizes["block_size"])
+        files |= tokenizer_files(V, T)
     except UserError as error:
         print(f"{folder} gets no tokenizer: {error}")
     partial = folder.absolute().with_name(f".{folder.name}.tmp")  # it appears whole or not at all

@@ -403,6 +403,8 @@ def test_the_tokenizer_of_an_export_gives_tiktoken_s_ids(exported):
         assert tokenizer.decode(ids) == text
     assert tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|endoftext|>") == 50256
     assert tokenizer.model_max_length == 32 and len(tokenizer) == 50257
+    config = json.loads((exported / "config.json").read_text())
+    assert config["n_ctx"] == config["n_positions"] == 32  # llama.cpp's converter reads the first
 
 
 def test_a_pipeline_writes_with_an_export_and_nothing_else(exported):
