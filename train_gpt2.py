@@ -610,7 +610,7 @@ def initial_model(cfg: TrainConfig) -> GPT2:
     return load_weights(model, weights, cfg.init_from) if weights else model
 
 def foreign(path: Path) -> bool:
-    """Whether it is another program's: build-nanogpt gives its files the same names."""
+    """Whether it is another program's: build-nanogpt's are called as ours."""
     with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
         return b"format" not in archive.open(archive.namelist()[0]).read(2**20)
 
@@ -660,7 +660,7 @@ def read_pretrained(what: str) -> tuple[GPT2Config, dict]:
 def newest_checkpoint(log_dir: Path) -> dict | None:
     """A folder's newest checkpoint that can be read, None where there is none."""
     for path in filter(foreign, log_dir.glob("model_*.pt")):
-        say(f"{path} is another program's; --init_from reads it")
+        say(f"{path} is another program's, and stays")
     for path in reversed(paths := checkpoints(log_dir).values()):
         try:
             return load_checkpoint(path)
