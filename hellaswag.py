@@ -300,10 +300,10 @@ def write_model(folder: Path, sizes: dict, weights: dict) -> None:
             (partial / name).write_bytes(content.encode())
         folder.rmdir() if folder.exists() else None
         partial.rename(folder)
-        print(f"{folder}: {sum(w.numel() for w in state.values()):,} parameters, for transformers")
     except Exception as error:  # of the disk, or of safetensors
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"--export {folder} can't be written ({error}); choose another") from error
+    print(f"{folder}: {sum(w.numel() for w in state.values()):,} parameters, for transformers")
 
 def tokenizer_files(vocab_size: int, block_size: int) -> dict[str, str]:
     """What transformers' GPT2Tokenizer reads, by name. Raises UserError for other tokens."""
