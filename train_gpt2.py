@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 import zipfile
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import filelock
@@ -75,7 +75,7 @@ class TrainConfig(GPT2Config):
     data: str | None = flag(None, "folder of shards (auto: edu_fineweb10B, or demo)", str)
     shuffle: bool = flag(True, "a new order each epoch; off: file order")
     model: str | None = flag(None, "named size (auto: gpt2, or demo)", str, choices=MODELS)
-    init_from: str = flag("scratch", "or weights: gpt2 … gpt2-xl, folder, model_*.pt")
+    init_from: str = flag("scratch", "or weights: gpt2 … gpt2-xl, user/model, a path")
     total_batch_size: int = flag(2**19, "tokens an optimiser step", low=1)
     micro_batch_size: int | None = flag(None, "sequences at a time (auto: what fits)", int, low=1)
     sequence_length: int | None = flag(None, "tokens each (auto: the block size)", int, low=1)
@@ -389,7 +389,8 @@ def print_samples(model: GPT2, encoding, cfg: TrainConfig, prompt: str, seed: in
     generator = torch.Generator(device).manual_seed(seed)
     rows = model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, generator)
     for i, row in enumerate(rows.tolist()):
-        text = (c if c.isprintable() or c in "\n\t" else "\ufffd" for c in encoding.decode(row))
+        text = encoding.decode([token for token in row if token < encoding.n_vocab])
+        text = (c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
         say(f"--- sample {i}\n{''.join(text)}")
 
 # === Devices, and how much of a batch fits ===
@@ -553,6 +554,7 @@ class Run:
         finite = all(weight.isfinite().all() for weight in self.model.parameters())
         require(finite, f"the weights after step {step - 1} are not finite; lower --max_lr")
         path, keep = Path(self.cfg.log_dir, f"model_{step:05d}.pt"), self.cfg.keep_checkpoints
+        path = path.with_name(f"model_0{step:05d}.pt") if foreign(path) else path
         state = dict(
             format=2, step=step, val_loss=self.val_loss, config=asdict(self.model.config),
             train_config=asdict(self.cfg), run=self.identity(), model=self.model.state_dict(),
@@ -591,6 +593,8 @@ class Run:
                 cfg.micro_batch_size = state["train_config"]["micro_batch_size"]
             self.step, self.val_loss = state["step"], state["val_loss"]
         say(f"resuming {where} after {self.step:,} steps")
+        if cfg.init_from != "scratch":
+            say("its own weights go on; for --init_from, choose another --log_dir")
 
 def sibling(file: str, function: str, *args):
     try:
@@ -599,27 +603,32 @@ def sibling(file: str, function: str, *args):
         raise UserError(str(error)) from error
 
 def initial_model(cfg: TrainConfig) -> GPT2:
-    model = GPT2(GPT2Config(**{f.name: getattr(cfg, f.name) for f in fields(GPT2Config)}))
-    if cfg.init_from == "scratch":
-        return model
-    config, weights = cfg.__dict__.pop("pretrained", None) or read_pretrained(cfg.init_from)
+    config, weights = (cfg, {}) if cfg.init_from == "scratch" else read_pretrained(cfg.init_from)
+    if cfg.vocab_size < config.vocab_size < 1.001 * cfg.vocab_size:  # special tokens
+        cfg.vocab_size = config.vocab_size
     for size in SIZES:
         differs = f"{cfg.init_from} has {size} {getattr(config, size)}, not {getattr(cfg, size)}"
         require(getattr(config, size) == getattr(cfg, size), f"{differs}; see the flags, or --data")
-    return load_weights(model, weights, cfg.init_from)
+    model = GPT2(GPT2Config(**{f.name: getattr(cfg, f.name) for f in fields(GPT2Config)}))
+    return load_weights(model, weights, cfg.init_from) if weights else model
+
+def foreign(path: Path) -> bool:
+    """Whether it is another program's: build-nanogpt's are called as ours."""
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+        return b"format" not in archive.open(archive.namelist()[0]).read(2**20)
 
 def checkpoints(log_dir: Path) -> dict[int, Path]:
     paths = [path for path in log_dir.glob("model_*.pt") if path.stem[6:].isdecimal()]
-    return dict(sorted((int(path.stem[6:]), path) for path in paths))
+    return dict(sorted((int(path.stem[6:]), path) for path in paths if not foreign(path)))
 
 def load_checkpoint(path: Path) -> dict:
     """What a checkpoint holds. Tensors are mapped (if its name is UTF-8), and no code runs."""
     with user_error(f"{path} can't be read as a checkpoint", "choose another"):
         with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
             require(not archive.testzip(), f"{path} can't be read as a checkpoint: it is damaged")
-        state = torch.load(path, "cpu", weights_only=True, mmap=str(path).isprintable())
-        known = state["format"] in (1, 2) and type(state["step"]) is int and state["step"] >= 0
-        require(known, f"{path} can't be read as a checkpoint: it is another program's")
+        state = dict(torch.load(path, "cpu", weights_only=True, mmap=str(path).isprintable()))
+        if state.get("format") not in (1, 2) or type(state["step"]) is not int:
+            raise ValueError("another program's")
         config_of(state["config"], state["model"])
         return state
 
@@ -634,29 +643,28 @@ def config_of(sizes: dict, weights: dict) -> GPT2Config:
     return config
 
 def load_weights(model: GPT2, weights: dict, where: str) -> GPT2:
-    """Put a state dict into the model, with or without the padding of its vocabulary."""
+    """Put a state dict into the model; the vocabulary of each may be padded."""
     V, rows = model.config.vocab_size, model.config.padded_vocab_size
     with user_error(f"{where} holds another model", "choose another"):
         table = weights["transformer.wte.weight"]
-        if len(table) in (V, replace(model.config, pad_vocab=True).padded_vocab_size):
+        if len(table) - V < 128:
             table = F.pad(table[:V], (0, 0, 0, rows - V))
         tied = {"transformer.wte.weight": table, "lm_head.weight": table}
         model.load_state_dict({**weights, **tied})
         return model
 
 def read_pretrained(what: str) -> tuple[GPT2Config, dict]:
-    """Config and state dict of a model_*.pt, a Hugging Face folder, or gpt2 … gpt2-xl."""
-    if Path(what).is_file():
+    """Config and state dict of a checkpoint, or of what hellaswag.read_model knows."""
+    if Path(what).is_file() and not foreign(Path(what)):
         state = load_checkpoint(Path(what))
         return GPT2Config(**state["config"]), state["model"]
-    sizes, weights = sibling("hellaswag", "read_model", what)
-    with user_error(f"{what} can't be read as a GPT-2's", "get it again"):
-        return config_of(sizes, weights), weights
+    return sibling("hellaswag", "read_model", what, config_of)
 
 def newest_checkpoint(log_dir: Path) -> dict | None:
-    """The newest checkpoint in a folder that can be read, None where there is none."""
-    paths = checkpoints(log_dir).values()
-    for path in reversed(paths):
+    """A folder's newest checkpoint that can be read, None where there is none."""
+    for path in filter(foreign, log_dir.glob("model_*.pt")):
+        say(f"{path} is another program's, and stays")
+    for path in reversed(paths := checkpoints(log_dir).values()):
         try:
             return load_checkpoint(path)
         except UserError as error:
@@ -900,12 +908,10 @@ def parse_flags(argv: list[str] | None) -> TrainConfig:
     init_from = given.get("init_from", "scratch")
     model = given.get("model", "demo" if demo else init_from if init_from in MODELS else "gpt2")
     brought = dict(MODELS[model], model=model)
-    pretrained = read_pretrained(init_from) if init_from != "scratch" else None
-    if pretrained:
-        brought.update({name: getattr(pretrained[0], name) for name in (*SIZES, "pad_vocab")})
-    cfg = TrainConfig(**{**brought, **given})
-    cfg.pretrained = pretrained  # once is enough
-    return cfg
+    if init_from != "scratch":
+        config, _ = read_pretrained(init_from)
+        brought |= {name: getattr(config, name) for name in (*SIZES, "pad_vocab")}
+    return TrainConfig(**{**brought, **given})
 
 def use(cfg: TrainConfig) -> int:
     """Do what --generate or --export says, with the newest checkpoint or --init_from."""
@@ -915,14 +921,12 @@ def use(cfg: TrainConfig) -> int:
         require(state, f"no checkpoint in {where}; train first, or see --init_from, --log_dir")
         config, weights = GPT2Config(**state["config"]), state["model"]
     else:
-        config, weights = cfg.pretrained
-    model = load_weights(GPT2(replace(config, attention=cfg.attention)), weights, where)
+        config, weights = read_pretrained(where)
+    model = load_weights(GPT2(config), weights, where)
     if cfg.export is not None and RANK == 0:
-        sizes = {size: getattr(config, size) for size in SIZES}
-        sibling("hellaswag", "write_model", Path(cfg.export), sizes, model.state_dict())
-        say(f"{cfg.export}: {model.num_params():,} parameters, for transformers")
+        sibling("hellaswag", "write_model", Path(cfg.export), asdict(config), model.state_dict())
     if cfg.generate is not None:
-        names = [name for name, V in ENCODINGS.items() if config.vocab_size == V]
+        names = [name for name, V in ENCODINGS.items() if V <= config.vocab_size < 1.001 * V]
         require(names, f"no encoding has the {config.vocab_size} tokens of {where}")
         encoding = sibling("fineweb", "get_encoding", names[0])
         print_samples(model.to(device), encoding, cfg, cfg.generate, cfg.seed)

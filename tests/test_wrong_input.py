@@ -224,10 +224,15 @@ def test_log_that_is_none(here, capsys):
     assert_one_error(here, capsys, [], "--log_dir log")
 
 
-def test_log_folder_with_checkpoints_that_are_not_ours(here, capsys):
+@pytest.mark.parametrize("state", [dict(model={}, config=None, step=5), torch.zeros(5)])
+def test_log_folder_with_checkpoints_that_are_not_ours(here, capsys, state, recwarn):
+    """There is nothing to generate from, but a new run starts; tests/test_pretrained.py."""
     (here / "log").mkdir()
-    torch.save(dict(model={}, config=None, step=5), here / "log/model_05000.pt")
-    assert_one_error(here, capsys, [], "no checkpoint in log can be read")
+    torch.save(state, here / "log/model_05000.pt")
+    assert_one_error(here, capsys, ["--generate=x"], "no checkpoint in log; train first")
+    assert_one_error(here, capsys, ["--init_from=log/model_05000.pt"], "model_05000.pt can't be")
+    assert not recwarn.list
+    assert main(RUN) == 0
 
 
 HELLASWAG = {
@@ -286,7 +291,7 @@ DAMAGE = {
     "a folder": lambda path: (path.unlink(), path.mkdir()),
     "a loop of links": lambda path: (path.unlink(), path.symlink_to(path)),
     "another program's": lambda path: torch.save(dict(model={}, step=10, format=1), path),
-    "no dictionary": lambda path: torch.save(torch.zeros(5), path),
+    "no dictionary": lambda path: torch.save(["format"], path),
     "a pickle": lambda path: path.write_bytes(pickle.dumps(dict(format=1))),
     "a zip of something else": lambda path: zipfile.ZipFile(path, "w").close(),
 }
