@@ -67,7 +67,7 @@ class GPT2Config:
     block_size: int = flag(1024, "longest context in tokens", low=1)
     pad_vocab: bool = flag(True, "vocabulary in multiples of 128: faster")
     attention: str | None = flag(None, "(auto: faster)", str, choices=("flash", "manual"))
-    activation_checkpointing: bool = flag(False, "blocks twice, to save memory")
+    activation_checkpointing: bool = flag(False, "to save memory: slower")
     @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // 128) * 128 if self.pad_vocab else self.vocab_size
@@ -77,21 +77,21 @@ class TrainConfig(GPT2Config):
     data: str | None = flag(None, "folder of shards (auto: edu_fineweb10B, or demo)", str)
     shuffle: bool = flag(True, "a new order each epoch; off: file order")
     model: str | None = flag(None, "named size (auto: gpt2, or demo)", str, choices=MODELS)
-    init_from: str = flag("scratch", "or weights: gpt2 … gpt2-xl, folder, model_*.pt")
+    init_from: str = flag("scratch", "or weights: gpt2 to gpt2-xl, folder, model_*.pt")
     total_batch_size: int = flag(2**19, "tokens a step", low=1)
     micro_batch_size: int | None = flag(None, "sequences at a time (auto: what fits)", int, low=1)
     sequence_length: int | None = flag(None, "tokens each (auto: the block size)", int, low=1)
     max_lr: float = flag(6e-4, "peak learning rate", low=0)
     min_lr: float | None = flag(None, "(auto: a tenth of the peak)", float, low=0)
-    warmup_steps: int = flag(715, "steps of linear warm-up", low=0)
+    warmup_steps: int = flag(715, "of linear warm-up", low=0)
     max_steps: int = flag(19073, "steps; 19073 of 2^19 tokens are 10 billion", low=1)
     weight_decay: float = flag(0.1, "on matrices and embeddings", low=0)
     grad_clip: float = flag(1.0, "largest gradient norm; 0: any", low=0)
     device: str | None = flag(None, "cpu, cuda, cuda:1, mps (auto: the fastest)", str)
     dtype: str | None = flag(None, "of autocast (auto)", str, choices=("bf16", "fp16", "fp32"))
     tf32: bool | None = flag(None, "TensorFloat-32 (auto: on CUDA)", bool)
-    compile: bool | None = flag(None, "torch.compile (auto: on CUDA, but for the demo)", bool)
-    fused_adamw: bool | None = flag(None, "AdamW in one kernel (auto: but on mps)", bool)
+    compile: bool | None = flag(None, "(auto: on CUDA, but for the demo)", bool)
+    fused_adamw: bool | None = flag(None, "AdamW in one kernel (auto: on CUDA and CPU)", bool)
     val_every: int = flag(250, "steps between validations; 0: never", low=0)
     val_tokens: int = flag(10485760, "tokens a validation", low=1)
     hellaswag_every: int = flag(250, "steps between HellaSwags; 0: never", low=0)
@@ -217,7 +217,7 @@ class GPT2(nn.Module):
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
             else:
                 p.normal_(std=0.02)
-        self.transformer.wte.weight[self.config.vocab_size :] = 0.0  # the padding, never read
+        self.transformer.wte.weight[self.config.vocab_size :] = 0.0  # padding
     @classmethod
     def from_pretrained(cls, what: str) -> "GPT2":
         config, weights = read_pretrained(what)
