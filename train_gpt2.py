@@ -64,7 +64,7 @@ class GPT2Config:
     n_layer: int = flag(12, "transformer blocks", low=1)
     n_head: int = flag(12, "attention heads", low=1)
     n_embd: int = flag(768, "channels of the residual stream", low=1)
-    block_size: int = flag(1024, "longest context in tokens", low=1)
+    block_size: int = flag(1024, "context in tokens", low=1)
     pad_vocab: bool = flag(True, "vocabulary in multiples of 128: faster")
     attention: str | None = flag(None, "(auto: faster)", str, choices=("flash", "manual"))
     activation_checkpointing: bool = flag(False, "to save memory: slower")
