@@ -4,9 +4,8 @@
     torchrun --nproc_per_node=8 train_gpt2.py    # eight GPUs; several nodes work alike
     python train_gpt2.py --generate "def "       # let the newest checkpoint write
 
-The model is GPT-2 as published (Radford et al., 2019, "Language Models are Unsupervised Multitask
-Learners"), the recipe GPT-3's (Brown et al., 2020, arXiv:2005.14165). In shapes, B is sequences,
-T tokens, C channels, V the vocabulary.
+The model is GPT-2 as published, the recipe GPT-3's (Brown et al., 2020, arXiv:2005.14165).
+In shapes, B is sequences, T tokens, C channels, V the vocabulary.
 """
 
 import argparse
@@ -21,7 +20,7 @@ import signal
 import sys
 import time
 import zipfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import filelock
@@ -32,10 +31,11 @@ import torch.nn as nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 # === Configuration: a flag is a field of TrainConfig ===
-RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets all three
+RANK, LOCAL_RANK = (int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK"))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)  # torchrun sets all three
 FINEWEB_DATA, DEMO_DATA = Path("edu_fineweb10B"), Path("python_stdlib")
 HELLASWAG_FILE = Path("hellaswag/hellaswag_val.bin")
 ENCODINGS = {"gpt2": 50257, "bytes": 257}  # those of fineweb.py, and their vocabularies
@@ -60,12 +60,12 @@ def flag(default, help, kind=None, low=None, choices=None):
 class GPT2Config:
     vocab_size: int = 50257  # 50,000 merges, 256 bytes, <|endoftext|>; the data say
     n_layer: int = flag(12, "transformer blocks", low=1)
-    n_head: int = flag(12, "attention heads; must divide n_embd", low=1)
+    n_head: int = flag(12, "attention heads", low=1)
     n_embd: int = flag(768, "channels of the residual stream", low=1)
-    block_size: int = flag(1024, "longest context in tokens", low=1)
-    pad_vocab: bool = flag(True, "pad the vocabulary to a multiple of 128: faster")
+    block_size: int = flag(1024, "context in tokens", low=1)
+    pad_vocab: bool = flag(True, "vocabulary in multiples of 128: faster")
     attention: str | None = flag(None, "(auto: faster)", str, choices=("flash", "manual"))
-    activation_checkpointing: bool = flag(False, "compute blocks twice, to save memory")
+    activation_checkpointing: bool = flag(False, "to save memory: slower")
     @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // 128) * 128 if self.pad_vocab else self.vocab_size
@@ -75,19 +75,19 @@ class TrainConfig(GPT2Config):
     data: str | None = flag(None, "folder of shards (auto: edu_fineweb10B, or demo)", str)
     shuffle: bool = flag(True, "a new order each epoch; off: file order")
     model: str | None = flag(None, "named size (auto: gpt2, or demo)", str, choices=MODELS)
-    init_from: str = flag("scratch", "or weights: gpt2 … gpt2-xl, user/model, a path")
+    init_from: str = flag("scratch", "or weights: gpt2 to gpt2-xl, user/model, a path")
     total_batch_size: int = flag(2**19, "tokens an optimiser step", low=1)
     micro_batch_size: int | None = flag(None, "sequences at a time (auto: what fits)", int, low=1)
     sequence_length: int | None = flag(None, "tokens each (auto: the block size)", int, low=1)
     max_lr: float = flag(6e-4, "peak learning rate", low=0)
     min_lr: float | None = flag(None, "final one (auto: a tenth of the peak)", float, low=0)
-    warmup_steps: int = flag(715, "steps of linear warm-up", low=0)
-    max_steps: int = flag(19073, "optimiser steps; 19073 × 2^19 tokens are 10 billion", low=1)
-    weight_decay: float = flag(0.1, "of AdamW, on matrices and embeddings", low=0)
-    grad_clip: float = flag(1.0, "largest global gradient norm; 0: no clipping", low=0)
+    warmup_steps: int = flag(715, "of linear warm-up", low=0)
+    max_steps: int = flag(19073, "steps; 19073 of 2^19 tokens are 10 billion", low=1)
+    weight_decay: float = flag(0.1, "on matrices and embeddings", low=0)
+    grad_clip: float = flag(1.0, "largest gradient norm; 0: any", low=0)
     device: str | None = flag(None, "cpu, cuda, cuda:1, mps (auto: the fastest)", str)
     dtype: str | None = flag(None, "of autocast (auto)", str, choices=("bf16", "fp16", "fp32"))
-    tf32: bool | None = flag(None, "TensorFloat-32 for float32 (auto: on CUDA)", bool)
+    tf32: bool | None = flag(None, "TensorFloat-32 (auto: on CUDA)", bool)
     compile: bool | None = flag(None, "torch.compile (auto: on CUDA, but for the demo)", bool)
     fused_adamw: bool | None = flag(None, "AdamW in one kernel (auto: on CUDA and CPU)", bool)
     val_every: int = flag(250, "steps between validations; 0: never", low=0)
@@ -95,17 +95,17 @@ class TrainConfig(GPT2Config):
     hellaswag_every: int = flag(250, "steps between HellaSwags; 0: never", low=0)
     sample_every: int = flag(250, "steps between samples; 0: never", low=0)
     prompt: str = flag("Hello, I'm a language model,", "what the samples begin with")
-    print_every: int = flag(1, "steps between lines on the screen", low=1)
+    print_every: int = flag(1, "steps between lines", low=1)
     log_dir: str | None = flag(None, "of log and checkpoints (auto: log, log_demo)", str)
     checkpoint_every: int = flag(1000, "steps between checkpoints; 0: never", low=0)
-    keep_checkpoints: int = flag(2, "newest checkpoints to keep; 0: all", low=0)
-    seed: int = flag(1337, "of first weights, data order and samples", low=0)
+    keep_checkpoints: int = flag(2, "the newest to keep; 0: all", low=0)
+    seed: int = flag(1337, "of weights, data order and samples", low=0)
     deterministic: bool = flag(False, "repeatable to the bit on CUDA, too: slower")
     generate: str | None = flag(None, "print samples that go on from it, and exit", str)
     export: str | None = flag(None, "write this folder for Hugging Face, and exit", str)
     num_samples: int = flag(4, "samples to draw", low=1)
     max_new_tokens: int = flag(64, "tokens a sample", low=1)
-    temperature: float = flag(1.0, "of the samples; 0: always the likeliest token", low=0)
+    temperature: float = flag(1.0, "of samples; 0: always the likeliest", low=0)
     top_k: int = flag(50, "of the k likeliest tokens; 0: of all", low=0)
 
 class UserError(ValueError):
@@ -138,9 +138,12 @@ def unfinished(path: Path):
     finally:
         partial.unlink(missing_ok=True)
 
-def say(message: str):
-    if RANK == 0:
-        print(message, flush=True)
+def say(message: str, file=None):
+    """Print on rank 0, or on any to `file`. What can't be printed is lost: no run ends for it."""
+    if RANK == 0 or file:
+        with contextlib.suppress(OSError, ValueError):  # a full disk
+            encoding = getattr(file or sys.stdout, "encoding", None) or "utf-8"
+            print(message.encode(encoding, "replace").decode(encoding), file=file, flush=True)
 
 # === Model: parameters are named as OpenAI's, so that weights travel ===
 class CausalSelfAttention(nn.Module):
@@ -199,7 +202,7 @@ class GPT2(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         # Weight tying: words that mean alike should lie close where they are read and where they
-        # are predicted (Press & Wolf, 2017, arXiv:1608.05859). It saves 31% of the 124M model.
+        # are predicted (Press & Wolf, 2017, arXiv:1608.05859).
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
     @torch.no_grad()
@@ -212,8 +215,7 @@ class GPT2(nn.Module):
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
             else:
                 p.normal_(std=0.02)
-        # The padding's rows are never read, and make no logit: they stay zero
-        self.transformer.wte.weight[self.config.vocab_size :] = 0.0
+        self.transformer.wte.weight[self.config.vocab_size :] = 0.0  # padding
     @classmethod
     def from_pretrained(cls, what: str) -> "GPT2":
         config, weights = read_pretrained(what)
@@ -232,15 +234,13 @@ class GPT2(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)
         kind = idx.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
-            x = x.bfloat16()  # the stream crosses memory in half the bytes; llm.c does the same
+            x = x.bfloat16()  # half the bytes for the stream, as in llm.c
         again = self.config.activation_checkpointing and torch.is_grad_enabled()
         for block in self.transformer.h:
             x = checkpoint(block, x, use_reentrant=False) if again else block(x)
         return self.transformer.ln_f(x)
     def logits(self, x):
         """Final hidden states (..., C) -> logits (..., padded V)."""
-        if not self.config.pad_vocab:
-            return self.lm_head(x)
         # -inf for the padding: without it rows have an odd length, which is slow
         rows = torch.arange(self.config.padded_vocab_size, device=x.device)
         hide = torch.where(rows < self.config.vocab_size, 0.0, -torch.inf).to(x.dtype)
@@ -266,13 +266,12 @@ class GPT2(nn.Module):
             drawn = torch.multinomial(probs, 1, generator=generator)
             idx = torch.cat((idx, tokens.gather(1, drawn)), dim=1)
         return idx
-    def configure_optimizers(self, weight_decay: float, learning_rate: float, fused: bool = False):
+    def configure_optimizers(self, weight_decay, learning_rate, fused=False):
         """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101) with GPT-3's settings. Matrices and
         embeddings decay; biases and LayerNorm gains, which no product makes large, do not."""
         decay = [p for p in self.parameters() if p.dim() >= 2]
-        no_decay = [p for p in self.parameters() if p.dim() < 2]
-        groups = [dict(params=decay, weight_decay=weight_decay)]
-        groups += [dict(params=no_decay, weight_decay=0.0)]
+        rest = [p for p in self.parameters() if p.dim() < 2]
+        groups = dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)
         how = dict(betas=(0.9, 0.95), eps=1e-8, fused=fused or None)  # None: torch picks kernels
         return torch.optim.AdamW(groups, lr=learning_rate, **how)
 
@@ -295,22 +294,21 @@ def read_manifest(folder: Path) -> dict:
 
 def read_shard(path: Path) -> np.ndarray:
     """Memory-map the tokens of a shard: a one-dimensional uint16 .npy, or a .bin of llm.c or
-    modded-nanogpt (256 int32 of header, then uint16)."""
+    modded-nanogpt (256 int32 of header, then uint16), or nanoGPT's train.bin, val.bin (uint16)."""
     with user_error(f"{path} is no token shard", "make it again, or remove it"):
         if path.suffix == ".npy":
             tokens = np.load(path, mmap_mode="r")
         else:
-            header = np.fromfile(path, dtype="<i4", count=256)
-            known = len(header) == 256 and header[0] == 20240520 and header[1] == 1
-            whole = known and path.stat().st_size == 1024 + 2 * int(header[2])
-            require(whole, f"{path} is no token shard: its header or size is wrong; make it again")
-            tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
-        kind = f"{tokens.ndim}-dimensional {tokens.dtype}"
-        require(tokens.dtype == np.uint16 and tokens.ndim == 1, f"{path} holds {kind}, not uint16")
+            magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
+            whole = (magic, version) == (20240520, 1) and path.stat().st_size == 1024 + 2 * count
+            raw = magic != 20240520 and path.name in ("train.bin", "val.bin")
+            require(whole or raw, f"{path} has a wrong header, or size; make it again")
+            tokens = np.memmap(path, dtype="<u2", mode="r", offset=0 if raw else 1024)
+        require(tokens.dtype == np.uint16 and tokens.ndim == 1, f"{path} is not a row of uint16")
         return np.asarray(tokens)  # still mapped
 
 @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
-def permutation(n: int, seed: int, epoch: int) -> np.ndarray:  # RandomState's are frozen
+def permutation(n, seed, epoch) -> np.ndarray:  # RandomState's are frozen
     generator = np.random.RandomState(np.random.MT19937([seed, epoch]))
     return generator.permutation(n).astype(np.uint32)
 
@@ -318,19 +316,17 @@ class DataLoaderLite:
     """Serves windows of T + 1 tokens, without any state: a step's number tells which ones it sees.
     A shard of n tokens holds (n-1)//T windows; those of all shards are numbered 0 … W-1 in file
     order. Sample s is window π(s mod W), π a permutation drawn from the seed and the epoch s//W
-    (the identity without `shuffle`). Micro-batch i, counted from the start of the run, gives rank
-    r of R the samples (i·R + r)·B + 0 … B-1: a step sees the same samples whatever B and R, and
-    wherever the run was interrupted. Raises UserError for shards that are none or too few."""
+    (the identity without `shuffle`). Micro-batch i of the run gives rank r of R the samples
+    (i·R + r)·B + 0 … B-1: the same for each B and R, and wherever the run was interrupted."""
     def __init__(self, files, B, T, rank=0, world_size=1, seed=0, shuffle=True, vocab_size=50257):
         self.files, self.B, self.T, self.rank, self.world_size = files, B, T, rank, world_size
         self.seed, self.shuffle, self.vocab_size = seed, shuffle, vocab_size
         self.shards = [read_shard(path) for path in files]
         self.num_tokens = sum(len(shard) for shard in self.shards)
         windows = [max(0, len(shard) - 1) // T for shard in self.shards]
-        # The number of each shard's first window, and of all windows
         *self.first_window, self.num_windows = np.cumsum([0, *windows]).tolist()
-        few = f"{self.num_tokens} tokens are too few for a window of {T} + 1"
-        require(self.num_windows > 0, f"{files[0]}: {few}")
+        few = f"{files[0]}: too few tokens for a window of {T} + 1 in each shard of this split"
+        require(self.num_windows > 0, f"{few}; lower --sequence_length, or raise --shard_size")
     def window(self, s: int) -> np.ndarray:
         """The T + 1 tokens of sample s, uint16."""
         epoch, k = divmod(s, self.num_windows)
@@ -349,12 +345,12 @@ class DataLoaderLite:
         tokens = torch.from_numpy(rows)  # (B, T + 1)
         return torch.stack((tokens[:, :-1], tokens[:, 1:]))
 
-def to_device(z: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Send a tensor on its way: from pinned memory, a GPU fetches it while the program goes on."""
+def to_device(z, device):
+    """Send a tensor on its way: from pinned memory, a GPU fetches it by itself."""
     return z.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else z.to(device)
 
 # === Validation and samples ===
-def sum_over_ranks(values: list[float], device) -> list[float]:
+def sum_over_ranks(values: list[float], device):
     if not dist.is_initialized():
         return values
     total = torch.tensor(values, dtype=torch.float64, device=device)
@@ -362,26 +358,24 @@ def sum_over_ranks(values: list[float], device) -> list[float]:
     return total.tolist()
 
 @torch.no_grad()
-def validation_loss(model, loader: DataLoaderLite, val_tokens: int, device, progress=iter) -> float:
+def validation_loss(model, loader, val_tokens: int, device, progress=iter) -> float:
     """Mean loss, nats a token, over the first `val_tokens` tokens. `progress` may end it early."""
     num_windows = min(loader.num_windows, max(1, val_tokens // loader.T))
-    losses = []  # (mean loss, windows) of each batch
+    total = 0.0  # of windows
     for i in progress(range(math.ceil(num_windows / (loader.B * loader.world_size)))):
         count = min(loader.B, num_windows - (i * loader.world_size + loader.rank) * loader.B)
         if count > 0:
             batch = loader.batch(i)
             batch[1, count:] = -100  # they fill the batch: one shape to compile
-            losses.append((model(*to_device(batch, device))[1], count))
-    total = sum(loss.item() * count for loss, count in losses)  # to read is to wait
-    return sum_over_ranks([total], device)[0] / num_windows
+            total += model(*to_device(batch, device))[1] * count
+    return sum_over_ranks([float(total)], device)[0] / num_windows
 
-def encode_prompt(encoding, prompt: str, block_size: int) -> list[int]:
+def encode_prompt(encoding, prompt, block_size) -> list[int]:
     tokens = encoding.encode(prompt, allowed_special="all") or [encoding.eot_token]
-    many = f"the prompt's {len(tokens)} tokens exceed a context of {block_size}; shorten it"
-    require(len(tokens) <= block_size, many)
+    require(len(tokens) <= block_size, f"the prompt exceeds {block_size} tokens; shorten it")
     return tokens
 
-def print_samples(model: GPT2, encoding, cfg: TrainConfig, prompt: str, seed: int):
+def print_samples(model: GPT2, encoding, cfg, prompt, seed):
     """Print continuations of a prompt, but nothing that upsets a terminal."""
     device = model.lm_head.weight.device
     tokens = encode_prompt(encoding, prompt, model.config.block_size)
@@ -389,7 +383,8 @@ def print_samples(model: GPT2, encoding, cfg: TrainConfig, prompt: str, seed: in
     generator = torch.Generator(device).manual_seed(seed)
     rows = model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, generator)
     for i, row in enumerate(rows.tolist()):
-        text = encoding.decode([token for token in row if token < encoding.n_vocab])
+        ends = [n for n in range(len(tokens), len(row)) if row[n] >= encoding.eot_token]
+        text = encoding.decode(row[: min(ends, default=None)])
         text = (c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
         say(f"--- sample {i}\n{''.join(text)}")
 
@@ -402,22 +397,18 @@ def peak_flops(cfg: TrainConfig) -> float:
     return 0 if slower else sum(tera.get(word, 0) for word in words) * 1e12 * WORLD_SIZE
 
 def choose_device(name: str | None) -> torch.device:
-    mps = torch.backends.mps.is_available() and WORLD_SIZE == 1
-    found = dict(cuda=torch.cuda.device_count(), mps=int(mps), cpu=1)
-    kind, _, index = (next(k for k in found if found[k]) if name is None else name).partition(":")
-    require(not index or WORLD_SIZE == 1, f"--device {name} is one for {WORLD_SIZE} processes")
-    index = index or str(LOCAL_RANK if kind == "cuda" else 0)
-    there = index.isdecimal() and int(index) < found.get(kind, 0)
-    require(there, f"--device {kind}:{index} is not there; found {found}")
-    if kind == "cuda":
-        torch.cuda.set_device(int(index))
-    return torch.device(f"cuda:{index}" if kind == "cuda" else kind)
+    with user_error(f"--device {name} can't be used", "leave it out, or say cpu"):
+        device = torch.device(name or torch.accelerator.current_accelerator(True) or "cpu")
+        if device.type == "cuda":  # of several this process's
+            device = torch.device("cuda", device.index or LOCAL_RANK)
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device)  # or it is not there
+        return device
 
-def native_dtype(device: torch.device) -> str:
+def native_dtype(device) -> str:
     if device.type == "cuda":  # bf16 has float32's range; fp16 needs a scaler
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if device.type == "cpu" and on_cpu else "fp32"
+    return "bf16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 def resolve(cfg: TrainConfig) -> torch.device:
     """Fill in what was left to auto -> the device."""
@@ -437,15 +428,11 @@ def resolve(cfg: TrainConfig) -> torch.device:
 
 def check(cfg: TrainConfig):
     C, T, B = cfg.n_embd, cfg.sequence_length, cfg.micro_batch_size or 1
-    total, part = cfg.total_batch_size, B * T * WORLD_SIZE
-    parts = f"{B} sequences × {T} tokens × {WORLD_SIZE} processes = {part}"
-    small = cfg.n_layer * C**2 < 10**11 and cfg.block_size * C < 10**11
-    require(small, "no machine holds this model; see --n_layer, --n_embd, --block_size")
-    folder = next(p for p in Path(cfg.log_dir, "_").absolute().parents if p.exists())
-    require(os.access(f"{folder}/.", os.W_OK), f"--log_dir: {folder} can't be written")
+    part = f"a multiple of {B} sequences × {T} tokens × {WORLD_SIZE} processes"
+    require(max(cfg.n_layer * C, cfg.block_size) * C < 10**11, "no machine holds so large a model")
     require(C % cfg.n_head == 0, f"--n_embd {C} is not a multiple of --n_head {cfg.n_head}")
     require(cfg.block_size >= T, f"--sequence_length {T} exceeds --block_size {cfg.block_size}")
-    require(total % part == 0, f"--total_batch_size {total} is not a multiple of {parts}")
+    require(cfg.total_batch_size % (B * T * WORLD_SIZE) == 0, f"--total_batch_size is not {part}")
     require(cfg.warmup_steps <= cfg.max_steps, "--warmup_steps exceeds --max_steps")
     require(cfg.min_lr <= cfg.max_lr, f"--min_lr {cfg.min_lr} exceeds --max_lr {cfg.max_lr}")
 
@@ -501,8 +488,7 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         if WORLD_SIZE > 1:
-            how = ("nccl", self.device) if self.device.type == "cuda" else ("gloo", None)
-            dist.init_process_group(how[0], device_id=how[1])
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.open_data()
         self.model = initial_model(cfg).to(self.device)
         how = cfg.weight_decay, cfg.max_lr, cfg.fused_adamw
@@ -516,30 +502,34 @@ class Run:
         """Open the shards, and what else the flags ask for. Missing demo data are made."""
         cfg, folder, self.encoding, self.questions = self.cfg, Path(self.cfg.data), None, None
         manifest = read_manifest(folder)
-        cfg.vocab_size = manifest["vocab_size"]
-        if cfg.sample_every:
+        encoding, cfg.vocab_size = manifest["encoding"], manifest["vocab_size"]
+        if ENCODINGS.get(encoding) != cfg.vocab_size:
+            say(f"no samples, no HellaSwag: fineweb.py has no encoding {encoding!r} of this size")
+            encoding = None
+        if encoding and cfg.sample_every:
             try:
-                self.encoding = sibling("fineweb", "get_encoding", manifest["encoding"])
+                self.encoding = sibling("fineweb", "get_encoding", encoding)
             except (ImportError, UserError) as error:
                 say(f"no samples: {error}")
         if self.encoding:
             encode_prompt(self.encoding, cfg.prompt, cfg.block_size)
-        if cfg.hellaswag_every and manifest["encoding"] == "gpt2":
+        if encoding == "gpt2" and cfg.hellaswag_every:
             there = HELLASWAG_FILE.exists() and Path(__file__).with_name("hellaswag.py").exists()
             if sum_over_ranks([there], self.device)[0] == WORLD_SIZE:  # on all nodes
                 self.questions = sibling("hellaswag", "read_questions", HELLASWAG_FILE)
             else:
-                say(f"no HellaSwag: {HELLASWAG_FILE} is not there; python hellaswag.py makes it")
+                say(f"no HellaSwag: no {HELLASWAG_FILE}; python hellaswag.py makes it")
         if folder == DEMO_DATA and not folder.exists() and LOCAL_RANK == 0:
             sibling("fineweb", "write_demo_data", folder)
         sum_over_ranks([0], self.device)  # the others wait
         self.train_loader, self.val_loader = map(self.loader, ("train", "val"))
+        cfg.val_tokens = min(cfg.val_tokens, self.val_loader.num_windows * cfg.sequence_length)
         if not manifest.get("finished", True):
-            say(f"{folder} is not finished: so far it has {self.train_loader.num_tokens:,} tokens")
+            say(f"{folder} is not finished: {self.train_loader.num_tokens:,} tokens so far")
     def loader(self, split: str) -> DataLoaderLite:
         cfg, files = self.cfg, find_shards(Path(self.cfg.data), split)
-        names = f"NAME_{split}_000000.npy or .bin"
-        require(files, f"--data {cfg.data} holds no {split} shard, {names}")
+        none = f"--data {cfg.data} holds no {split} shard, NAME_{split}_000000.npy or .bin"
+        require(files, f"{none}; a smaller --shard_size makes more of them")
         order = cfg.seed, cfg.shuffle and split == "train", cfg.vocab_size
         loader = DataLoaderLite(files, 1, cfg.sequence_length, RANK, WORLD_SIZE, *order)
         for i in range(min(99, loader.num_windows)):  # another encoding shows at once
@@ -550,8 +540,8 @@ class Run:
         data = dict(windows=self.train_loader.num_windows, tokens=self.train_loader.num_tokens)
         return {name: getattr(self.cfg, name) for name in names} | data
     def save(self, step: int):
-        """Write model_<step>.pt, the state after `step` steps, whole or not at all; then prune."""
-        finite = all(weight.isfinite().all() for weight in self.model.parameters())
+        """Write model_<step>.pt, whole or not at all; then prune."""
+        finite = all(p.isfinite().all() for p in self.model.parameters())
         require(finite, f"the weights after step {step - 1} are not finite; lower --max_lr")
         path, keep = Path(self.cfg.log_dir, f"model_{step:05d}.pt"), self.cfg.keep_checkpoints
         path = path.with_name(f"model_0{step:05d}.pt") if foreign(path) else path
@@ -560,20 +550,18 @@ class Run:
             train_config=asdict(self.cfg), run=self.identity(), model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
         )
-        full = user_error(f"{path} can't be written whole", "the one before it stands")
-        with full, unfinished(path) as partial:
-            torch.save(state, partial)
-        older = [path for other, path in checkpoints(path.parent).items() if other < step]
-        for path in older[: max(0, len(older) + 1 - keep)] if keep else ():
+        with user_error(f"{path} can't be written whole", "the last stands"), unfinished(path) as p:
+            torch.save(state, p)
+        paths = [path for other, path in checkpoints(path.parent).items() if other <= step]
+        for path in paths[:-keep]:  # none of them, if keep is 0
             path.unlink()
     def resume(self):
-        """Put the newest checkpoint back in place, if there is one, and if it is this run's."""
+        """Put the newest checkpoint back in place, if there is one."""
         cfg, where, state = self.cfg, self.cfg.log_dir, newest_checkpoint(Path(self.cfg.log_dir))
         seen = [self.identity() | dict(step=state["step"] if state else 0)] * WORLD_SIZE
         if WORLD_SIZE > 1:
             dist.all_gather_object(seen, seen[0])
-        same = all(other == seen[0] for other in seen)
-        require(same, f"the processes do not see the same data and checkpoints: {seen}")
+        require(seen.count(seen[0]) == WORLD_SIZE, f"ranks see other data or checkpoints: {seen}")
         if state is None:
             return
         theirs = {**state["config"], **state.get("train_config", {}), **state.get("run", {})}
@@ -581,8 +569,7 @@ class Run:
             old = theirs.get(name, ours)  # format 1 does not know its data
             other = f"{where} holds another run: its {name} is {old}, and here {ours}"
             require(old == ours, f"{other}; choose another --log_dir, or the old flags and data")
-        past = f"{where} is past --max_steps {cfg.max_steps}; choose more, or another --log_dir"
-        require(state["step"] <= cfg.max_steps, past)
+        require(state["step"] <= cfg.max_steps, f"{where} is past --max_steps; choose more")
         with user_error(f"{where} holds no run to go on with", "choose another --log_dir"):
             load_weights(self.model, state["model"], where)
             rates = self.optimizer.state_dict()["param_groups"]  # and decay: as the flags say now
@@ -592,18 +579,18 @@ class Run:
             if cfg.deterministic and not cfg.micro_batch_size:  # other sums round differently
                 cfg.micro_batch_size = state["train_config"]["micro_batch_size"]
             self.step, self.val_loss = state["step"], state["val_loss"]
-        say(f"resuming {where} after {self.step:,} steps")
-        if cfg.init_from != "scratch":
-            say("its own weights go on; for --init_from, choose another --log_dir")
+        own = "; its own weights go on: --init_from needs another --log_dir"
+        say(f"resuming {where} after {self.step:,} steps{own * (cfg.init_from != 'scratch')}")
 
-def sibling(file: str, function: str, *args):
+def sibling(file, function, *args):
     try:
         return getattr(importlib.import_module(file), function)(*args)
     except ValueError as error:  # a UserError over there
         raise UserError(str(error)) from error
 
 def initial_model(cfg: TrainConfig) -> GPT2:
-    config, weights = (cfg, {}) if cfg.init_from == "scratch" else read_pretrained(cfg.init_from)
+    pretrained = vars(cfg).pop("pretrained", None) or read_pretrained(cfg.init_from)
+    config, weights = pretrained or (cfg, None)
     if cfg.vocab_size < config.vocab_size < 1.001 * cfg.vocab_size:  # special tokens
         cfg.vocab_size = config.vocab_size
     for size in SIZES:
@@ -617,7 +604,7 @@ def foreign(path: Path) -> bool:
     with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
         return b"format" not in archive.open(archive.namelist()[0]).read(2**20)
 
-def checkpoints(log_dir: Path) -> dict[int, Path]:
+def checkpoints(log_dir: Path) -> dict:
     paths = [path for path in log_dir.glob("model_*.pt") if path.stem[6:].isdecimal()]
     return dict(sorted((int(path.stem[6:]), path) for path in paths if not foreign(path)))
 
@@ -625,10 +612,10 @@ def load_checkpoint(path: Path) -> dict:
     """What a checkpoint holds. Tensors are mapped (if its name is UTF-8), and no code runs."""
     with user_error(f"{path} can't be read as a checkpoint", "choose another"):
         with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
-            require(not archive.testzip(), f"{path} can't be read as a checkpoint: it is damaged")
+            damaged = archive.testzip()
         state = dict(torch.load(path, "cpu", weights_only=True, mmap=str(path).isprintable()))
-        if state.get("format") not in (1, 2) or type(state["step"]) is not int:
-            raise ValueError("another program's")
+        if damaged or state.get("format") not in (1, 2) or type(state["step"]) is not int:
+            raise ValueError("damaged, or another program's")
         config_of(state["config"], state["model"])
         return state
 
@@ -653,8 +640,10 @@ def load_weights(model: GPT2, weights: dict, where: str) -> GPT2:
         model.load_state_dict({**weights, **tied})
         return model
 
-def read_pretrained(what: str) -> tuple[GPT2Config, dict]:
+def read_pretrained(what: str) -> tuple[GPT2Config, dict] | None:
     """Config and state dict of a checkpoint, or of what hellaswag.read_model knows."""
+    if what == "scratch":
+        return None
     if Path(what).is_file() and not foreign(Path(what)):
         state = load_checkpoint(Path(what))
         return GPT2Config(**state["config"]), state["model"]
@@ -672,18 +661,12 @@ def newest_checkpoint(log_dir: Path) -> dict | None:
     require(not paths, f"no checkpoint in {log_dir} can be read; choose another --log_dir")
 
 # === The log, and a picture of it ===
-@contextlib.contextmanager
 def locked(log_dir: Path):
-    """Keep other runs out of a folder."""
-    lock = filelock.FileLock(log_dir / ".lock")
+    """A context that keeps other runs out of a folder."""
     with user_error(f"--log_dir {log_dir} is another run's, or read-only", "choose another"):
         log_dir.mkdir(parents=True, exist_ok=True)
-        if RANK == 0:
-            lock.acquire(timeout=5)  # a killed run may be dying still
-    try:
-        yield
-    finally:
-        lock.release()
+        lock = filelock.FileLock(log_dir / ".lock", timeout=5)  # a killed run may be dying still
+        return lock.acquire() if RANK == 0 else contextlib.nullcontext()
 
 def open_log(log_dir: Path, start: int):
     """Open log.txt to go on at step `start`; lines from there on come again."""
@@ -691,23 +674,26 @@ def open_log(log_dir: Path, start: int):
     with user_error(f"--log_dir {log_dir} can't hold the log of this run", "choose another"):
         if path.exists() and start == 0:  # an old log stays
             path.rename(log_dir / f"log_{path.stat().st_mtime_ns}.txt")
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and int(line.split()[0]) < start]
+        text = path.read_text(errors="replace") if path.exists() else ""
+        lines = re.findall(r"^((\d+) \w+ [-+.\w]+\n)", text, re.MULTILINE)  # a kill may break one
+        require(lines or not text.strip(), f"--log_dir {log_dir}: log.txt is no log; move it away")
         with unfinished(path) as partial:
-            partial.write_text("".join(kept), encoding="utf-8")
+            partial.write_text("".join(line for line, step in lines if int(step) < start))
         return open(path, "ab", buffering=0)
 
 class Progress:
     """The figures of each step: printed, written to log.txt, checked. To read a figure is to wait
-    for the GPU. So those of a step are read when the next one has been queued, and the GPU always
-    has work. With them ranks tell each other of a signal: all stop after the same step."""
+    for the GPU. So those of a step are read when some of the next has been queued, and the GPU
+    always has work. With them ranks tell each other of a signal: all stop after the same step."""
     def __init__(self, run: Run):
-        self.run, self.cfg, self.unread = run, run.cfg, []
-        self.delay = 0 if run.device.type == "cpu" else 1  # steps by which figures are read late
+        self.run, self.cfg, self.unread = run, run.cfg, None
         self.signum, self.stopping = 0, False  # a signal that came here; the same on all ranks
     def __enter__(self):
         self.file = open_log(Path(self.cfg.log_dir), self.run.step) if RANK == 0 else None
-        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.before, hangup = {}, getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+        for signum in {signal.SIGINT, signal.SIGTERM, hangup}:
+            if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup wants it
+                self.before[signum] = signal.signal(signum, self.note)
         self.started = self.clock = time.perf_counter()
         return self
     def __exit__(self, *exception):
@@ -718,63 +704,65 @@ class Progress:
         if signum == signal.SIGINT:  # a second Ctrl-C stops at once
             signal.signal(signal.SIGINT, signal.SIG_DFL)
     def until_signal(self, items):
-        return (item for item in items if not self.signum)
+        hide = None if RANK == 0 and sys.stderr else True  # None: shown on a terminal
+        bar = tqdm(items, "evaluation", leave=False, delay=1, disable=hide)
+        return (item for item in bar if not self.signum)
     def stop_if_signalled(self) -> bool:  # at any rank
         self.stopping = sum_over_ranks([self.signum], self.run.device)[0] > 0
         return self.stopping
-    def step(self, t: int, lr: float, loss: torch.Tensor, norm: torch.Tensor):
+    def step(self, t, lr, loss, norm):
         """Take the figures of step t; loss and gradient norm are this rank's, on the device."""
         figures = torch.stack((loss, norm, torch.full_like(norm, self.signum))) / WORLD_SIZE
         if WORLD_SIZE > 1:
             dist.all_reduce(figures)
         copied = None
-        if figures.is_cuda:  # begun now, once all asked for before is done
+        if figures.is_cuda:  # in its turn, behind the step
             figures, copied = figures.to("cpu", non_blocking=True), torch.cuda.Event()
             copied.record()
-        self.unread.append((t, lr, figures, copied))
-        self.read(0 if self.stopping else self.delay)
-    def read(self, leave: int = 0):
-        while len(self.unread) > leave:
-            t, lr, figures, copied = self.unread.pop(0)
-            if copied:
-                copied.synchronize()
-            loss, norm, signum = figures.tolist()
-            self.stopping = self.stopping or signum > 0
-            # The loss scaler skips a step whose gradients overflow, until its scale is down to 1
-            fine = math.isfinite(norm) or self.run.scaler.get_scale() > 1
-            wrong = f"step {t}: loss {loss}, gradient norm {norm}"
-            require(math.isfinite(loss) and fine, f"{wrong}; lower --max_lr, or try --dtype fp32")
-            seconds = time.perf_counter() - self.clock
-            self.clock += seconds
-            tps = self.cfg.total_batch_size / seconds
-            self.record(t, train=loss, lr=lr, norm=norm, tps=tps)
-            if t % self.cfg.print_every == 0 or t + 1 == self.cfg.max_steps:
-                speed = f"{seconds * 1e3:.0f} ms | {tps:,.0f} tok/s | {self.outlook(t, tps)}"
-                self.say(t, f"loss {loss:.4f} | lr {lr:.4e} | norm {norm:.2f} | {speed}")
-            if t == 0:
-                say(f"knowing nothing costs ln V = {math.log(self.cfg.vocab_size):.4f}")
-    def outlook(self, t: int, tps: float) -> str:
-        a_step = (self.clock - self.started) / (t + 1 - self.run.step)  # with what is between
+        self.unread = t, lr, figures, copied
+        if self.stopping or self.run.device.type == "cpu":
+            self.read()
+    def read(self):
+        if self.unread is None:
+            return
+        (t, lr, figures, copied), self.unread = self.unread, None
+        if copied:
+            copied.synchronize()
+        loss, norm, signum = figures.tolist()
+        self.stopping = self.stopping or signum > 0
+        # The loss scaler skips a step whose gradients overflow, until its scale is down to 1
+        fine = math.isfinite(norm) or self.run.scaler.get_scale() > 1
+        wrong = f"step {t}: loss {loss}, gradient norm {norm}"
+        require(math.isfinite(loss) and fine, f"{wrong}; lower --max_lr, or try --dtype fp32")
+        seconds = time.perf_counter() - self.clock
+        self.clock += seconds
+        tps = self.cfg.total_batch_size / seconds
+        self.record(t, train=loss, lr=lr, norm=norm, tps=tps)
+        if t % self.cfg.print_every == 0 or t + 1 == self.cfg.max_steps:
+            speed = f"{seconds * 1e3:.0f} ms | {tps:,.0f} tok/s | {self.outlook(t, tps)}"
+            self.say(t, f"loss {loss:.4f} | lr {lr:.4e} | norm {norm:.2f} | {speed}")
+    def outlook(self, t, tps) -> str:
+        a_step = (self.clock - self.started) / (t + 1 - self.run.step)
         minutes, s = divmod(int(a_step * (self.cfg.max_steps - t - 1)), 60)
         eta = f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{s:02d}s"
         flops, peak = self.run.model.flops_per_token(self.cfg.sequence_length), peak_flops(self.cfg)
         return f"mfu {flops * tps / peak:.1%} | eta {eta}" if peak else f"eta {eta}"
-    def say(self, t: int, message: str):
+    def say(self, t, message):
         say(f"step {t:5d}/{self.cfg.max_steps} | {message}")
-    def record(self, t: int, **streams: float):
+    def record(self, t, **streams):
         lines = "".join(f"{t} {name} {value:.8g}\n" for name, value in streams.items()).encode()
         with user_error("log.txt can't be written", "the newest checkpoint stands"):
             if self.file and self.file.write(lines) < len(lines):
                 raise OSError("the disk is full")
 
-def draw_curves(log_dir: Path, n_embd: int = 768, fineweb: bool = True):
+def draw_curves(log_dir: Path, n_embd=768, fineweb=True):
     """Draw log.txt as curves.png, beside what is published for this size."""
     hella = {768: 0.2945, 1024: 0.3752, 1280: 0.4320, 1600: 0.4889}.get(n_embd)  # acc_norm
     published = dict(train=3.2924 if fineweb and n_embd == 768 else None, hella=hella)
     points, panels = {}, (("train", "val"), ("hella",), ("norm",), ("tps",))
     try:
         from matplotlib.figure import Figure  # not pyplot, which may look for a screen
-        for line in (log_dir / "log.txt").read_text(encoding="utf-8").splitlines():
+        for line in (log_dir / "log.txt").read_text().splitlines():
             step, stream, value = line.split()
             points.setdefault(stream, []).append((int(step), float(value)))
         figure = Figure(figsize=(12, 8), layout="constrained")
@@ -782,12 +770,11 @@ def draw_curves(log_dir: Path, n_embd: int = 768, fineweb: bool = True):
             axes = figure.add_subplot(2, 2, i, xlabel="step")
             for stream in filter(points.get, streams):
                 label = f"{stream}, {points[stream][-1][1]:.5g} now"
-                axes.plot(*zip(*points[stream], strict=True), label=label)
-            if published.get(streams[0]):
-                axes.axhline(published[streams[0]], label=f"published: {published[streams[0]]}")
+                axes.plot(*np.transpose(points[stream]), label=label)
+            if height := published.get(streams[0]):
+                axes.axhline(height, label=f"published: {height}")
             axes.legend()
-        with unfinished(log_dir / "curves.png") as partial:
-            figure.savefig(partial, format="png")
+        figure.savefig(log_dir / "curves.png")
     except Exception as error:  # no matplotlib, a full disk, a log that is none
         say(f"{log_dir}/curves.png can't be drawn ({error!r})")
 
@@ -800,7 +787,7 @@ def get_lr(t: int, cfg: TrainConfig) -> float:
     progress = (t - cfg.warmup_steps) / (cfg.max_steps - cfg.warmup_steps)
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.max_lr - cfg.min_lr)
 
-def once_in_a_while(t: int, run: Run, compiled, progress: Progress):
+def once_in_a_while(t, run: Run, compiled, progress: Progress):
     """What is due before step t. All ranks enter; a signal cuts it short."""
     cfg, last = run.cfg, t == run.cfg.max_steps
     often = cfg.val_every, cfg.hellaswag_every, cfg.sample_every, cfg.checkpoint_every
@@ -832,14 +819,12 @@ def once_in_a_while(t: int, run: Run, compiled, progress: Progress):
     progress.clock = time.perf_counter()  # none of this was a step's time
 
 def train(cfg: TrainConfig) -> int:
-    """Train as `cfg` says, going on from the newest checkpoint in its log folder. Returns the exit
-    code: 0, or 128 and the number of the signal that stopped it."""
+    """Train as `cfg` says, on from the newest checkpoint -> exit code: 0, or 128 + the signal."""
     run = Run(cfg)
     with locked(Path(cfg.log_dir)):
         run.resume()
-        # Training and validation compile once each; what has many shapes is not compiled
-        compiled = torch.compile(run.model, dynamic=False) if cfg.compile else run.model
-        ddp = compiled
+        # Training and validation compile once each; what has many shapes does not
+        ddp = compiled = torch.compile(run.model, dynamic=False) if cfg.compile else run.model
         if WORLD_SIZE > 1:
             ddp = nn.parallel.DistributedDataParallel(compiled, gradient_as_bucket_view=True)
             ddp.require_backward_grad_sync = False  # or ranks wait for one out of memory
@@ -849,13 +834,14 @@ def train(cfg: TrainConfig) -> int:
         say(str(cfg))
         step = f"{B} sequences × {cfg.sequence_length} tokens × {A} micro-steps"
         say(f"{run.model.num_params():,} parameters; a step: {step} × {WORLD_SIZE} processes")
+        validation = f"a validation: {cfg.val_tokens:,} of {run.val_loader.num_tokens:,} tokens"
+        say(f"{validation}; knowing nothing costs ln V = {math.log(cfg.vocab_size):.4f}")
         batch = to_device(run.train_loader.batch(run.step * A), run.device)
         with Progress(run) as progress:
             for t in range(run.step, cfg.max_steps + 1):
                 once_in_a_while(t, run, compiled, progress)
                 if t == cfg.max_steps or progress.stopping:
                     break
-
                 # One step, from tokens to new weights
                 lr = get_lr(t, cfg)
                 for group in run.optimizer.param_groups:
@@ -871,9 +857,9 @@ def train(cfg: TrainConfig) -> int:
                     run.scaler.scale(loss).backward()
                     train_loss += loss.detach()
                     batch = to_device(run.train_loader.batch(t * A + m + 1), run.device)
+                    progress.read()  # the step before, now that the GPU has work
                 run.scaler.unscale_(run.optimizer)
-                # A batch of odd text can have a gradient many times the usual: cut its length,
-                # lest it throw the weights off
+                # Odd text can have a gradient many times the usual: its length is cut
                 norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
                 run.scaler.step(run.optimizer)
                 run.scaler.update()
@@ -888,15 +874,14 @@ def train(cfg: TrainConfig) -> int:
 # === Command line ===
 def parse_flags(argv: list[str] | None) -> TrainConfig:
     """Defaults, replaced by what the named model brings, replaced by what is given."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = functools.partial(require, False)
     flags = {f.name: f for f in fields(TrainConfig) if f.metadata}
     for name, f in flags.items():
-        about, help = f.metadata, f.metadata["help"]
+        about, default = f.metadata, "" if f.default is None else f" ({f.default})"
         how = dict(type=about["kind"], choices=about["choices"])
         how = dict(action=argparse.BooleanOptionalAction) if about["kind"] is bool else how
-        help += "" if f.default is None else f" ({f.default})"
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=help, **how)
+        parser.add_argument(f"--{name}", help=about["help"] + default, **how)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         low = flags[name].metadata["low"]  # and nan is not
@@ -908,10 +893,11 @@ def parse_flags(argv: list[str] | None) -> TrainConfig:
     init_from = given.get("init_from", "scratch")
     model = given.get("model", "demo" if demo else init_from if init_from in MODELS else "gpt2")
     brought = dict(MODELS[model], model=model)
-    if init_from != "scratch":
-        config, _ = read_pretrained(init_from)
-        brought |= {name: getattr(config, name) for name in (*SIZES, "pad_vocab")}
-    return TrainConfig(**{**brought, **given})
+    if pretrained := read_pretrained(init_from):
+        brought |= {name: getattr(pretrained[0], name) for name in (*SIZES, "pad_vocab")}
+    cfg = TrainConfig(**{**brought, **given})
+    cfg.pretrained = pretrained  # once is enough
+    return cfg
 
 def use(cfg: TrainConfig) -> int:
     """Do what --generate or --export says, with the newest checkpoint or --init_from."""
@@ -921,8 +907,8 @@ def use(cfg: TrainConfig) -> int:
         require(state, f"no checkpoint in {where}; train first, or see --init_from, --log_dir")
         config, weights = GPT2Config(**state["config"]), state["model"]
     else:
-        config, weights = read_pretrained(where)
-    model = load_weights(GPT2(config), weights, where)
+        config, weights = cfg.pretrained
+    model = load_weights(GPT2(replace(config, attention=cfg.attention)), weights, where)
     if cfg.export is not None and RANK == 0:
         sibling("hellaswag", "write_model", Path(cfg.export), asdict(config), model.state_dict())
     if cfg.generate is not None:
@@ -934,6 +920,8 @@ def use(cfg: TrainConfig) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     try:
+        told = WORLD_SIZE == 1 or {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+        require(told and 0 <= RANK < WORLD_SIZE, "RANK or WORLD_SIZE is wrong; see torchrun")
         cfg = parse_flags(argv)
         return train(cfg) if cfg.generate is None and cfg.export is None else use(cfg)
     except Exception as error:
@@ -943,7 +931,7 @@ def main(argv: list[str] | None = None) -> int:
         get_error_handler().record_exception(error)  # for torchrun's report
         if not ours:
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        say(f"error: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -953,5 +941,10 @@ def main(argv: list[str] | None = None) -> int:
             dist.destroy_process_group()
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # samples may hold what the terminal can't show
-    sys.exit(main())
+    code = main()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:  # Python would try once more, and exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)

@@ -106,7 +106,8 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def signals_as_they_were():
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # not on Windows
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, hangup)}
     yield
     for s, handler in before.items():
         signal.signal(s, handler)

@@ -11,6 +11,7 @@ import io
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -342,6 +343,55 @@ def test_full_disk_and_lost_folder_are_one_line_and_the_last_good_checkpoint_sta
     output = assert_runs(*TINY, "--log_dir=log", code=2, prepare=prepare)
     assert_one_error(output, "python_stdlib")
     assert names(".") == ["data", "whole"]
+
+
+def script(*argv):
+    """Run the program as Python runs a script, but with torch imported already."""
+    sys.argv = ["train_gpt2.py", *argv]
+    sys.modules["matplotlib"] = None  # takes its time
+    runpy.run_path(str(PROGRAM), run_name="__main__")
+
+
+def screen(*fds):
+    """Have stdout and stderr go to the last of these file descriptors, and close all."""
+    os.dup2(fds[-1], 1)
+    os.dup2(fds[-1], 2)
+    for fd in fds:
+        os.close(fd)
+
+
+SCREENS = {
+    "a pipe that nobody reads": (signal.SIGINT, lambda: screen(*os.pipe())),
+    "a terminal that is gone": (signal.SIGHUP, lambda: screen(*os.openpty())),
+    "a full disk": (signal.SIGTERM, lambda: screen(os.open("/dev/full", os.O_WRONLY))),
+}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
+@apart
+def test_a_run_outlives_its_screen():
+    """What can't be printed is in the log, what was done is saved, and the exit code is the
+    signal's, never Python's own 1 or 120. SIGHUP, which a dropped connection sends, counts as
+    SIGTERM does, unless it is ignored, as under nohup."""
+    run = [*RUN, "--log_dir=log", "--checkpoint_every=20"]
+
+    def prepare(lose, signum):
+        lose()
+        stop = functools.partial(signal.raise_signal, signum)
+        trap(torch.optim.AdamW, "step", 7, lambda *_: stop())
+        script(*run)
+
+    for name, (signum, lose) in SCREENS.items():
+        code = Run(prepare=functools.partial(prepare, lose, signum)).end()[0]
+        assert code == 128 + signum, name
+        assert list(read_log("log")["train"]) == list(range(7)), name
+        load_checkpoint(Path("log/model_00007.pt"))
+        shutil.rmtree("log")
+    lose = SCREENS["a full disk"][1]
+    assert_runs(code=2, prepare=lambda: lose() or script(*run, "--n_head=3"))
+    nohup = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    assert_runs(code=0, prepare=functools.partial(prepare, nohup, signal.SIGHUP))
+    assert names("log") == [".lock", "log.txt", "model_00020.pt"]
 
 
 @apart

@@ -164,7 +164,7 @@ def test_ranks_that_see_different_data_stop_before_they_train(here):
     assert "'windows': 298" in errors[0] and "'windows': 299" in errors[0]
 
 
-def test_sigterm_to_all_processes_which_torchrun_sends_once_more_still_saves(here):
+def test_sigterm_to_all_which_torchrun_sends_once_more_and_a_screen_that_is_gone_lose_nothing(here):
     (here / "driver.py").write_text(
         textwrap.dedent(f"""
         import os, sys, time
@@ -187,8 +187,36 @@ def test_sigterm_to_all_processes_which_torchrun_sends_once_more_still_saves(her
         pids = []
         while len(pids) < 2:
             pids += re.findall(r"waiting (\d+)", process.stdout.readline())
+        process.stdout.close()
+        process.stderr.close()
         for pid in *pids, process.pid:
             os.kill(int(pid), signal.SIGTERM)
-        output, errors = process.communicate(timeout=120)
-    assert "stopped after 8 steps" in output, output + errors
+        process.wait(timeout=120)
     assert (here / "log/model_00008.pt").exists() and max(read_log("log")["train"]) == 7
+
+
+def test_variables_that_are_not_torchrun_s_are_one_error_each(here):
+    """And do no harm where the file is only imported. An empty one is as good as none."""
+    cases = [
+        dict(WORLD_SIZE="-2"), dict(RANK="-1"), dict(RANK="", WORLD_SIZE="2"),
+        dict(RANK="1", WORLD_SIZE="1"), dict(RANK="1", WORLD_SIZE=""), dict(WORLD_SIZE="0"),
+        dict(RANK="0", WORLD_SIZE="2"),
+        dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"),
+    ]  # fmt: skip
+    program = f"""
+import os, runpy, sys
+program, env = {str(PROGRAM)!r}, dict(os.environ)
+for case in {cases}:
+    os.environ.clear()
+    os.environ.update(env, **case)
+    runpy.run_path(program)
+    try:
+        runpy.run_path(program, run_name="__main__")
+    except SystemExit as end:
+        assert end.code == 2, case
+"""
+    done = python("-c", program, *RUN, cwd=here)
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(cases) and not done.stdout, done.stderr
+    assert all(line.startswith("error: ") and "torchrun" in line for line in lines), lines
+    assert not Path("log").exists()

@@ -1,5 +1,9 @@
 """Validation and curves."""
 
+import io
+import sys
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +52,33 @@ def test_validation_shows_the_model_one_shape_only(tmp_path, model):
     loader = DataLoaderLite(find_shards(tmp_path, "val"), 8, 16, shuffle=False)
     validation_loss(watched, loader, 10**9, CPU)
     assert len(shapes) == 1
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_long_validation_shows_how_far_it_is_on_a_terminal(here, monkeypatch, capsys, terminal):
+    """And leaves no trace of it there. How many tokens it will take is said before."""
+
+    def slow(model, loader, *how):
+        batch = loader.batch
+        loader.batch = lambda i: time.sleep(0.4 * terminal) or batch(i)
+        return validation_loss(model, loader, *how)
+
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(train_gpt2, "validation_loss", slow)
+    how = ["--data=data", "--log_dir=log", "--micro_batch_size=1", "--max_steps=1"]
+    how += ["--warmup_steps=0", "--val_every=2", "--val_tokens=64"]
+    assert train_gpt2.main([*TINY, *how]) == 0
+    assert ("4/4" in screen.getvalue()) == terminal == bool(screen.getvalue())
+    assert screen.getvalue().endswith(" \r" if terminal else "")
+    out = capsys.readouterr().out
+    assert out.index("a validation: 64 of 200 tokens") < out.index("val loss")
+
+
+def test_a_validation_takes_no_more_tokens_than_there_are(here, capsys):
+    assert train_gpt2.main([*TINY, "--data=data", "--log_dir=log", "--val_tokens=9999"]) == 0
+    assert "a validation: 192 of 200 tokens" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------

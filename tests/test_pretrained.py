@@ -446,7 +446,7 @@ def test_without_the_tokenizer_s_files_the_model_is_exported_all_the_same(
 def test_a_run_s_own_weights_go_on_and_not_those_of_init_from(here, capsys):
     reference(n_positions=16).save_pretrained("hf")
     flags = [*TINY, "--data=data", "--log_dir=log", "--checkpoint_every=5"]
-    words = "its own weights go on; for --init_from, choose another --log_dir"
+    words = "its own weights go on: --init_from needs another --log_dir"
     for steps, more, told in (5, [], 0), (6, ["--init_from=hf"], 1), (7, [], 0):
         assert main([*flags, *more, f"--max_steps={steps}"]) == 0
         assert capsys.readouterr().out.count(words) == told

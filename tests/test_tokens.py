@@ -109,6 +109,19 @@ def test_npy_and_llmc_bin_hold_the_same(tmp_path):
         assert npy.equal(llmc) and npy.dtype == torch.int64 and npy.shape == (2, 3, 16)
 
 
+def test_nanogpt_s_train_bin_and_val_bin_are_read_with_and_without_a_header(tmp_path):
+    """By these names alone: other files say themselves what they are."""
+    tokens = np.arange(1000, dtype="<u2")
+    for header in b"", llmc_header(20240520, len(tokens)):
+        for split in ("train", "val"):
+            (tmp_path / f"{split}.bin").write_bytes(header + tokens.tobytes())
+            (path,) = find_shards(tmp_path, split)
+            assert np.array_equal(read_shard(path), tokens)
+    (tmp_path / "my_train.bin").write_bytes(tokens.tobytes())
+    with pytest.raises(UserError, match=r"my_train\.bin"):
+        read_shard(tmp_path / "my_train.bin")
+
+
 def test_shards_are_found_by_name_in_order(tmp_path):
     train = ["a_train_000001.npy", "a_train_000002.npy", "fineweb_train_000003.bin", "train.bin"]
     others = ["a_train_1.txt", "training.npy", "manifest.json", "a_train_000001.npy.tmp"]

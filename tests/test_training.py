@@ -1,11 +1,13 @@
 """The training loop, run as a user runs it: through the command line, on small data."""
 
 import functools
+import io
 import json
 import math
 import re
 import shutil
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -251,6 +253,37 @@ def test_resumed_run_ends_like_an_uninterrupted_one(here, capsys, first, dtype):
     assert all(a[stream] == b[stream] for stream in ("train", "val", "norm", "lr"))
 
 
+def test_blank_and_broken_lines_of_the_log_are_dropped(here):
+    """A kill, a crash of the machine or an editor leaves them."""
+    run = [*RUN, "--log_dir=log", "--checkpoint_every=10"]
+    assert main(run) == 0
+    log, whole = here / "log/log.txt", read_log("log")
+    (here / "log/model_00020.pt").unlink()
+    lines = log.read_bytes().splitlines(keepends=True)
+    lines[5:5] = [b"\n", b"  \n", b"1 trai\n", b"\0\0\0\n", b"1 train 4.51 norm 2\n", b"caf\xe9\n"]
+    log.write_bytes(b"".join(lines) + b"9 tra")
+    assert main(run) == 0
+    mended = read_log("log")
+    assert all(whole[stream] == mended[stream] for stream in ("train", "norm", "lr"))
+    assert log.read_text().count("\n") == 4 * 20
+
+
+def test_signals_are_handled_as_before_once_main_has_returned(here, monkeypatch):
+    before = dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), lambda *_: None)
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+    def interrupted(t, cfg):
+        if t == 5:
+            signal.raise_signal(signum)
+        return get_lr(t, cfg)
+
+    monkeypatch.setattr(train_gpt2, "get_lr", interrupted)
+    for signum in before:
+        assert main([*RUN, f"--log_dir={signum}"]) == 128 + signum
+        assert {s: signal.getsignal(s) for s in before} == before
+
+
 def test_log_of_a_run_without_checkpoints_is_kept_beside_the_new_one(here):
     for steps in (5, 3):
         assert main([*RUN, "--log_dir", "log", "--max_steps", str(steps)]) == 0
@@ -357,6 +390,54 @@ def test_the_trainer_alone_in_a_folder_trains_on_shards(here):
     assert not done.stderr and len(losses("log")) == 20
 
 
+def test_shards_of_any_vocabulary_train(here, capsys):
+    """Samples and HellaSwag are left out, in one line."""
+    folder, every = here / "own", ["--sample_every=2", "--hellaswag_every=2", "--val_every=2"]
+    folder.mkdir()
+    for V, encoding in (2**16, "my own"), (300, "gpt2"), (60, "bytes"):
+        for split in ("train", "val"):
+            tokens = np.arange(500) * 7919 % V
+            np.save(folder / f"my_{split}_000000.npy", tokens.astype(np.uint16))
+        manifest = dict(encoding=encoding, vocab_size=V)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        run = ["--data=own", *TINY, "--n_embd=8", f"--log_dir={encoding}", "--checkpoint_every=2"]
+        run += [*every, "--val_tokens=32", "--total_batch_size=16", "--max_steps=4"]
+        assert main([*run, "--max_steps=2"]) == main(run) == 0
+        out, err = capsys.readouterr()
+        said = [line for line in out.splitlines() if line.startswith("no ")]
+        assert len(said) == 2 and said[0] == said[1] and not err, out
+        assert "no samples, no HellaSwag" in said[0] and repr(encoding) in said[0]
+        assert "resuming" in out and len(losses(encoding)) == 4
+        assert load(f"{encoding}/model_00004.pt")["config"]["vocab_size"] == V
+    assert main(["--generate=x", "--log_dir=my own", "--device=cpu"]) == 2
+    assert capsys.readouterr().err.count("error: no encoding has the 65536 tokens") == 1
+
+
+@pytest.mark.parametrize("stdout", [io.StringIO(), None])
+def test_no_docstrings_and_a_stdout_that_is_no_file_will_do(here, monkeypatch, stdout):
+    """As with `python -OO`; in Jupyter's %run, or closed as by `>&-`."""
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *RUN, "--log_dir=log", "--max_steps=2"])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    program = compile(PROGRAM.read_text(encoding="utf-8"), str(PROGRAM), "exec", optimize=2)
+    with pytest.raises(SystemExit, match="0"):
+        exec(program, dict(__name__="__main__", __file__=str(PROGRAM)))
+    assert len(losses("log")) == 2 and (not stdout or "step     1/2" in stdout.getvalue())
+
+
+def test_what_a_stdout_can_not_encode_is_replaced(here, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    samples = ["--sample_every=20", "--prompt=né", "--num_samples=1"]
+    assert main([*RUN, "--log_dir=dä ta", *samples]) == 0
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    stdout.flush()
+    text = stdout.buffer.getvalue().decode("ascii")
+    assert "8 sequences ? 16 tokens" in text and "d? ta" in text and "--- sample 0\nn?" in text
+    assert "--init_from" in text
+
+
 @pytest.mark.parametrize("source", [[], ["--init_from", "log/model_00020.pt"]])
 def test_generate_continues_a_prompt(here, capsys, source):
     assert main([*RUN, "--log_dir", "log", "--checkpoint_every", "20"]) == 0
@@ -366,6 +447,28 @@ def test_generate_continues_a_prompt(here, capsys, source):
     samples = capsys.readouterr().out.split("--- sample ")[1:]
     assert len(samples) == 2 and all(s[2:].startswith("some") for s in samples)
     assert samples[0][2:] == samples[1][2:]  # greedy
+
+
+@pytest.mark.parametrize("prompt", ["ab", "", "<|endoftext|>ab", "a<|endoftext|>"])
+def test_a_sample_ends_with_its_document(here, capsys, monkeypatch, prompt):
+    """What is in the prompt does not end it."""
+
+    def generate(self, idx, max_new_tokens, *how):
+        new = [b"one\xfftwo", b"three", b"\xfffour"]  # 0xff stands for the end
+        width = max(map(len, new))
+        rows = [[256 if c == 255 else c for c in text.ljust(width, b"z")] for text in new]
+        return torch.cat((idx, torch.tensor(rows)), dim=1)
+
+    monkeypatch.setattr(GPT2, "generate", generate)
+    samples = ["--sample_every=20", f"--prompt={prompt}", "--num_samples=3"]
+    assert main([*RUN, "--log_dir=log", "--checkpoint_every=20", *samples]) == 0
+    trained = capsys.readouterr().out
+    flags = [f"--generate={prompt}", "--num_samples=3", "--log_dir=log", "--device=cpu"]
+    assert main(flags) == 0
+    expected = [prompt or "<|endoftext|>"] * 3
+    expected = [p + end for p, end in zip(expected, ("one", "threezz", ""), strict=True)]
+    for out in trained, capsys.readouterr().out:
+        assert re.findall(r"^--- sample \d\n(.*)$", out, re.MULTILINE) == expected
 
 
 def test_as_many_samples_as_asked_for_at_any_temperature(here, capsys):
@@ -616,9 +719,11 @@ class TestLoopOfAGpu:
         run = [*RUN, "--micro_batch_size", "4", "--log_dir"]
         with StandIn() as cuda:
             assert main([*run, "log", *self.gpu]) == 0
-        step, reading = ["cross_entropy", "cross_entropy", "figures"], ["synchronize", "tolist"]
+        reading = ["synchronize", "tolist"]  # once the next step's first micro-step is queued
+        first = ["cross_entropy", "cross_entropy", "figures"]
+        other = ["cross_entropy", *reading, "cross_entropy", "figures"]
         trial = 2 * ["cross_entropy"]  # of the micro-batch
-        assert cuda.events == trial + step + 19 * (step + reading) + reading
+        assert cuda.events == trial + first + 19 * other + reading
         assert capsys.readouterr().out.count("% | eta ") == 20  # MFU, since the card is known
         assert main([*run, "cpu"]) == 0
         ours, plain = read_log("log"), read_log("cpu")

@@ -173,12 +173,27 @@ def test_shard_that_is_none_is_named(here, capsys, case, split):
 def test_folder_without_one_of_the_splits(here, capsys, missing):
     for path in (here / "data").glob(f"*_{missing}_*"):
         path.unlink()
-    assert_one_error(here, capsys, [], f"holds no {missing} shard")
+    assert_one_error(here, capsys, [], f"holds no {missing} shard", "--shard_size")
 
 
 def test_shards_too_short_for_a_window(here, capsys):
-    write_shards(here / "short", lengths=(10, 10))
-    assert_one_error(here, capsys, ["--data", "short"], "too few")
+    """Together they may have enough: a window lies in one shard."""
+    for name, lengths in dict(short=(10, 10), train=(200, 16, 16, 16), val=(16, 200)).items():
+        write_shards(here / name, lengths=lengths)
+        advice = "each shard", "16 + 1", "--sequence_length", "--shard_size"
+        assert_one_error(here, capsys, ["--data", name], "too few", *advice)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4001])
+def test_nanogpt_file_of_half_a_token_is_none(here, capsys, size):
+    (here / "data/train.bin").write_bytes(b"\1" * size)
+    assert_one_error(here, capsys, [], "train.bin is no token shard")
+
+
+def test_llmc_header_counts_under_nanogpt_s_name_too(here, capsys):
+    for header in llmc_header(20240520, 4000), llmc_header(20240520, 3500, version=2):
+        (here / "data/train.bin").write_bytes(header + bytes(7000))
+        assert_one_error(here, capsys, [], "train.bin has a wrong header")
 
 
 @pytest.mark.parametrize(
