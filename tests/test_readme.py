@@ -76,33 +76,13 @@ def test_ci_runs_the_commands_of_the_readme(heading, command):
     assert subprocess.check_output(bash, cwd=ROOT, text=True).splitlines()[-1] == command
 
 
-OWN_VOCABULARY = """
-import json
-from pathlib import Path
-
-import numpy as np
-from tokenizers import ByteLevelBPETokenizer
-
-text = Path("book.txt").read_text(encoding="utf-8")
-bpe = ByteLevelBPETokenizer()
-bpe.train_from_iterator([text], vocab_size=8000, special_tokens=["<|endoftext|>"])
-tokens = np.array(bpe.encode("<|endoftext|>" + text).ids, dtype=np.uint16)
-val, train = np.split(tokens, [len(tokens) // 10])
-Path("mytokens").mkdir()
-np.save("mytokens/book_val_000000.npy", val)
-np.save("mytokens/book_train_000001.npy", train)
-manifest = dict(encoding="my own", vocab_size=bpe.get_vocab_size())
-Path("mytokens/manifest.json").write_text(json.dumps(manifest))
-"""
-
-
 def test_shards_of_an_own_vocabulary_train_as_the_readme_shows(tmp_path, monkeypatch, capsys):
-    assert OWN_VOCABULARY.strip() in README or "tokenizers" not in README
+    (program,) = re.findall(r"```python\n(import json.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     text = "the quick brown fox jumps over the lazy dog, é 😀\n" * 50
     (tmp_path / "book.txt").write_text(text, encoding="utf-8")
     names = {}
-    exec(OWN_VOCABULARY, names)
+    exec(program, names)
     shards = [np.load(path) for path in sorted(tmp_path.glob("mytokens/*.npy"), reverse=True)]
     assert all(shard.dtype == np.uint16 for shard in shards) and shards[0][0] == 0
     assert names["bpe"].decode(np.concatenate(shards).tolist()) == text
