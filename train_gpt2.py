@@ -402,7 +402,7 @@ def choose_device(name: str | None) -> torch.device:
         if device.type == "cuda":  # of several this process's
             device = torch.device("cuda", device.index or LOCAL_RANK)
             torch.cuda.set_device(device)
-        torch.zeros(1, device=device)  # or it is not there
+        torch.zeros(1, device=device).item()  # or it is not there
         return device
 
 def native_dtype(device) -> str:
@@ -429,7 +429,9 @@ def resolve(cfg: TrainConfig) -> torch.device:
 def check(cfg: TrainConfig):
     C, T, B = cfg.n_embd, cfg.sequence_length, cfg.micro_batch_size or 1
     part = f"a multiple of {B} sequences × {T} tokens × {WORLD_SIZE} processes"
-    require(max(cfg.n_layer * C, cfg.block_size) * C < 10**11, "no machine holds so large a model")
+    require(max(cfg.n_layer * C, cfg.block_size) * C < 10**11, "no machine holds this model")
+    folder = next(p for p in Path(cfg.log_dir, "_").absolute().parents if p.exists())
+    require(os.access(f"{folder}/.", os.W_OK), f"--log_dir: {folder} can't be written")
     require(C % cfg.n_head == 0, f"--n_embd {C} is not a multiple of --n_head {cfg.n_head}")
     require(cfg.block_size >= T, f"--sequence_length {T} exceeds --block_size {cfg.block_size}")
     require(cfg.total_batch_size % (B * T * WORLD_SIZE) == 0, f"--total_batch_size is not {part}")
@@ -456,13 +458,12 @@ def micro_batch_fits(B: int, run, forward) -> bool:
     """Try two micro-steps, of which the second adds to gradients that are there."""
     try:
         copies = 0 if run.optimizer.state else 2  # AdamW's moments are yet to come
-        moments = [torch.empty_like(p) for p in copies * [*run.model.parameters()]]
+        _moments = [torch.empty_like(p) for p in copies * [*run.model.parameters()]]
         x, y = torch.zeros(2, B, run.cfg.sequence_length, dtype=int, device=run.device)
         for _ in range(2):
             with run.autocast:
                 loss = forward(x, y)[1]
             loss.backward()
-        del moments
         return True
     except Exception as error:
         if re.search("out of memory|can't allocate memory", str(error)):
@@ -499,7 +500,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(kind, enabled=cfg.dtype == "fp16")
         self.step, self.val_loss = 0, None  # steps done before; the last validation's
     def open_data(self):
-        """Open the shards, and what else the flags ask for. Missing demo data are made."""
+        """Open the shards and what else the flags ask for."""
         cfg, folder, self.encoding, self.questions = self.cfg, Path(self.cfg.data), None, None
         manifest = read_manifest(folder)
         encoding, cfg.vocab_size = manifest["encoding"], manifest["vocab_size"]
@@ -532,8 +533,7 @@ class Run:
         require(files, f"{none}; a smaller --shard_size makes more of them")
         order = cfg.seed, cfg.shuffle and split == "train", cfg.vocab_size
         loader = DataLoaderLite(files, 1, cfg.sequence_length, RANK, WORLD_SIZE, *order)
-        for i in range(min(99, loader.num_windows)):  # another encoding shows at once
-            loader.batch(i)
+        loader.window(0)  # another encoding shows at once
         return loader
     def identity(self) -> dict:  # what must stay from start to start
         names = (*SIZES, "pad_vocab", "seed", "shuffle", "total_batch_size", "sequence_length")
@@ -561,7 +561,8 @@ class Run:
         seen = [self.identity() | dict(step=state["step"] if state else 0)] * WORLD_SIZE
         if WORLD_SIZE > 1:
             dist.all_gather_object(seen, seen[0])
-        require(seen.count(seen[0]) == WORLD_SIZE, f"ranks see other data or checkpoints: {seen}")
+        same = seen.count(seen[0]) == WORLD_SIZE
+        require(same, f"the processes do not see the same data and checkpoints: {seen}")
         if state is None:
             return
         theirs = {**state["config"], **state.get("train_config", {}), **state.get("run", {})}
@@ -569,7 +570,8 @@ class Run:
             old = theirs.get(name, ours)  # format 1 does not know its data
             other = f"{where} holds another run: its {name} is {old}, and here {ours}"
             require(old == ours, f"{other}; choose another --log_dir, or the old flags and data")
-        require(state["step"] <= cfg.max_steps, f"{where} is past --max_steps; choose more")
+        past = f"{where} is past --max_steps {cfg.max_steps}; choose more"
+        require(state["step"] <= cfg.max_steps, past)
         with user_error(f"{where} holds no run to go on with", "choose another --log_dir"):
             load_weights(self.model, state["model"], where)
             rates = self.optimizer.state_dict()["param_groups"]  # and decay: as the flags say now
@@ -611,8 +613,7 @@ def checkpoints(log_dir: Path) -> dict:
 def load_checkpoint(path: Path) -> dict:
     """What a checkpoint holds. Tensors are mapped (if its name is UTF-8), and no code runs."""
     with user_error(f"{path} can't be read as a checkpoint", "choose another"):
-        with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
-            damaged = archive.testzip()
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load compares no checksums
         state = dict(torch.load(path, "cpu", weights_only=True, mmap=str(path).isprintable()))
         if damaged or state.get("format") not in (1, 2) or type(state["step"]) is not int:
             raise ValueError("damaged, or another program's")
@@ -711,12 +712,11 @@ class Progress:
         self.stopping = sum_over_ranks([self.signum], self.run.device)[0] > 0
         return self.stopping
     def step(self, t, lr, loss, norm):
-        """Take the figures of step t; loss and gradient norm are this rank's, on the device."""
         figures = torch.stack((loss, norm, torch.full_like(norm, self.signum))) / WORLD_SIZE
         if WORLD_SIZE > 1:
             dist.all_reduce(figures)
         copied = None
-        if figures.is_cuda:  # in its turn, behind the step
+        if figures.is_cuda:  # behind the step
             figures, copied = figures.to("cpu", non_blocking=True), torch.cuda.Event()
             copied.record()
         self.unread = t, lr, figures, copied
