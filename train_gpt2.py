@@ -479,7 +479,6 @@ def micro_batch_fits(B: int, run, forward) -> bool:
 
 # === A run: what belongs to it, and its checkpoints ===
 class Run:
-    """What `cfg` says, made real."""
     def __init__(self, cfg: TrainConfig):
         self.cfg, self.device = cfg, resolve(cfg)
         check(cfg)
@@ -516,7 +515,7 @@ class Run:
             encode_prompt(self.encoding, cfg.prompt, cfg.block_size)
         if encoding == "gpt2" and cfg.hellaswag_every:
             there = HELLASWAG_FILE.exists() and Path(__file__).with_name("hellaswag.py").exists()
-            if sum_over_ranks([there], self.device)[0] == WORLD_SIZE:  # on all nodes
+            if sum_over_ranks([there], self.device)[0] == WORLD_SIZE:
                 self.questions = sibling("hellaswag", "read_questions", HELLASWAG_FILE)
             else:
                 say(f"no HellaSwag: no {HELLASWAG_FILE}; python hellaswag.py makes it")
@@ -533,7 +532,8 @@ class Run:
         require(files, f"{none}; a smaller --shard_size makes more of them")
         order = cfg.seed, cfg.shuffle and split == "train", cfg.vocab_size
         loader = DataLoaderLite(files, 1, cfg.sequence_length, RANK, WORLD_SIZE, *order)
-        loader.window(0)  # another encoding shows at once
+        for k in range(min(99, loader.num_windows)):  # another encoding shows at once
+            loader.window(k)
         return loader
     def identity(self) -> dict:  # what must stay from start to start
         names = (*SIZES, "pad_vocab", "seed", "shuffle", "total_batch_size", "sequence_length")
