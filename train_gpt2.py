@@ -39,8 +39,8 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)  # torchrun sets all three
 FINEWEB_DATA, DEMO_DATA = Path("edu_fineweb10B"), Path("python_stdlib")
 HELLASWAG_FILE = Path("hellaswag/hellaswag_val.bin")
 ENCODINGS = {"gpt2": 50257, "bytes": 257}  # those of fineweb.py, and their vocabularies
-SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-MODELS = {  # GPT-2's sizes, with the peak rates GPT-3 had at them (its table 2.1)
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")  # a checkpoint dictates them
+MODELS = {  # GPT-2's sizes, with the peak rates GPT-3 had near them (its table 2.1)
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, max_lr=6e-4),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4),
@@ -52,7 +52,7 @@ MODELS = {  # GPT-2's sizes, with the peak rates GPT-3 had at them (its table 2.
 }
 
 def flag(default, help, kind=None, low=None, choices=None):
-    """A field that is a flag, too. A default of None means auto, and needs a `kind`."""
+    """A field that is a flag, too. None, for auto or off, needs a `kind`."""
     about = dict(help=help, kind=kind or type(default), low=low, choices=choices)
     return field(default=default, metadata=about)
 
@@ -241,7 +241,7 @@ class GPT2(nn.Module):
         return self.transformer.ln_f(x)
     def logits(self, x):
         """Final hidden states (..., C) -> logits (..., padded V)."""
-        # -inf for the padding: without it rows have an odd length, which is slow
+        # Padding gets -inf, and is not cut off: rows of odd length would be slow
         rows = torch.arange(self.config.padded_vocab_size, device=x.device)
         hide = torch.where(rows < self.config.vocab_size, 0.0, -torch.inf).to(x.dtype)
         return F.linear(x, self.lm_head.weight, hide)
@@ -268,7 +268,7 @@ class GPT2(nn.Module):
         return idx
     def configure_optimizers(self, weight_decay, learning_rate, fused=False):
         """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101) with GPT-3's settings. Matrices and
-        embeddings decay; biases and LayerNorm gains, which no product makes large, do not."""
+        embeddings decay; biases and LayerNorm gains do not."""
         decay = [p for p in self.parameters() if p.dim() >= 2]
         rest = [p for p in self.parameters() if p.dim() < 2]
         groups = dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)
@@ -376,7 +376,7 @@ def encode_prompt(encoding, prompt, block_size) -> list[int]:
     return tokens
 
 def print_samples(model: GPT2, encoding, cfg, prompt, seed):
-    """Print continuations of a prompt, but nothing that upsets a terminal."""
+    """Print continuations of a prompt."""
     device = model.lm_head.weight.device
     tokens = encode_prompt(encoding, prompt, model.config.block_size)
     idx = torch.tensor([tokens] * cfg.num_samples, device=device)
@@ -399,7 +399,7 @@ def peak_flops(cfg: TrainConfig) -> float:
 def choose_device(name: str | None) -> torch.device:
     with user_error(f"--device {name} can't be used", "leave it out, or say cpu"):
         device = torch.device(name or torch.accelerator.current_accelerator(True) or "cpu")
-        if device.type == "cuda":  # of several this process's
+        if device.type == "cuda":
             device = torch.device("cuda", device.index or LOCAL_RANK)
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()  # or it is not there
@@ -435,7 +435,7 @@ def check(cfg: TrainConfig):
     require(C % cfg.n_head == 0, f"--n_embd {C} is not a multiple of --n_head {cfg.n_head}")
     require(cfg.block_size >= T, f"--sequence_length {T} exceeds --block_size {cfg.block_size}")
     require(cfg.total_batch_size % (B * T * WORLD_SIZE) == 0, f"--total_batch_size is not {part}")
-    require(cfg.warmup_steps <= cfg.max_steps, "--warmup_steps exceeds --max_steps")
+    require(cfg.warmup_steps <= cfg.max_steps, "--max_steps is under --warmup_steps")
     require(cfg.min_lr <= cfg.max_lr, f"--min_lr {cfg.min_lr} exceeds --max_lr {cfg.max_lr}")
 
 def fit_micro_batch(run, forward) -> int:
@@ -587,8 +587,9 @@ class Run:
 def sibling(file, function, *args):
     try:
         return getattr(importlib.import_module(file), function)(*args)
-    except ValueError as error:  # a UserError over there
-        raise UserError(str(error)) from error
+    except ValueError as error:
+        require(type(error).__name__ != "UserError", str(error))  # over there a class of its own
+        raise
 
 def initial_model(cfg: TrainConfig) -> GPT2:
     pretrained = vars(cfg).pop("pretrained", None) or read_pretrained(cfg.init_from)
@@ -637,8 +638,7 @@ def load_weights(model: GPT2, weights: dict, where: str) -> GPT2:
         table = weights["transformer.wte.weight"]
         if len(table) - V < 128:
             table = F.pad(table[:V], (0, 0, 0, rows - V))
-        tied = {"transformer.wte.weight": table, "lm_head.weight": table}
-        model.load_state_dict({**weights, **tied})
+        model.load_state_dict(weights | {"transformer.wte.weight": table, "lm_head.weight": table})
         return model
 
 def read_pretrained(what: str) -> tuple[GPT2Config, dict] | None:
@@ -730,7 +730,7 @@ class Progress:
             copied.synchronize()
         loss, norm, signum = figures.tolist()
         self.stopping = self.stopping or signum > 0
-        # The loss scaler skips a step whose gradients overflow, until its scale is down to 1
+        # In fp16 a step is skipped whose gradients overflow, and the next has half the scale
         fine = math.isfinite(norm) or self.run.scaler.get_scale() > 1
         wrong = f"step {t}: loss {loss}, gradient norm {norm}"
         require(math.isfinite(loss) and fine, f"{wrong}; lower --max_lr, or try --dtype fp32")
@@ -767,7 +767,7 @@ def draw_curves(log_dir: Path, n_embd=768, fineweb=True):
             points.setdefault(stream, []).append((int(step), float(value)))
         figure = Figure(figsize=(12, 8), layout="constrained")
         for i, streams in enumerate((p for p in panels if points.keys() & {*p}), 1):
-            axes = figure.add_subplot(2, 2, i, xlabel="step")
+            axes = figure.add_subplot(-(-len(panels) // 2), 2, i, xlabel="step")
             for stream in filter(points.get, streams):
                 label = f"{stream}, {points[stream][-1][1]:.5g} now"
                 axes.plot(*np.transpose(points[stream]), label=label)
@@ -896,7 +896,7 @@ def parse_flags(argv: list[str] | None) -> TrainConfig:
     if pretrained := read_pretrained(init_from):
         brought |= {name: getattr(pretrained[0], name) for name in (*SIZES, "pad_vocab")}
     cfg = TrainConfig(**{**brought, **given})
-    cfg.pretrained = pretrained  # once is enough
+    cfg.pretrained = pretrained  # for initial_model and use
     return cfg
 
 def use(cfg: TrainConfig) -> int:

@@ -660,6 +660,13 @@ class TestCompile:
         assert len(losses("log")) == 20
 
 
+def test_a_bug_in_another_file_keeps_its_traceback(here, monkeypatch):
+    """A ValueError may be a user's mistake, which fineweb's UserError is, or ours."""
+    monkeypatch.setattr("fineweb.get_encoding", lambda name: int("none"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        main([*RUN, "--sample_every=5"])
+
+
 class StandIn(TorchFunctionMode):
     """For CUDA, on a CPU: tensors sent there stay where they are, and what would make a program
     wait for a GPU is noted in `events`, beside the losses computed."""
