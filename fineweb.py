@@ -40,6 +40,7 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,7 @@ ENCODINGS = {"gpt2": gpt2_encoding, "bytes": byte_encoding}
 # white space around it belongs.
 CUT = re.compile(rb"(?<=[!-=?-~])\s|(?<=[A-Za-z])[0-9]")
 SEPARATOR = b"<|endoftext|>"
+BEFORE = re.compile(rb"(?=<\|endoftext\|>)")
 
 def stretches(text: bytes, at: int = 0):
     """(offset, stretch) of a text, from an offset on. A stretch has one to two PIECEs, or more
@@ -221,7 +223,7 @@ def tokenize_all(pool, pieces, num_workers: int):
         waiting.append((cursor, share, size, pool.submit(tokenize, parts)))
         under_way += size
         del parts  # they may be large
-        while len(waiting) > 8 * num_workers or under_way > 8 * num_workers * PIECE:
+        while under_way > 8 * num_workers * PIECE:
             cursor, share, size, future = waiting.popleft()
             under_way -= size
             yield cursor, share, *future.result()
@@ -261,14 +263,11 @@ def diagnose(error: Exception) -> tuple[int, str, bool]:
             return status, f"HTTP status {status}", status in (401, 403, 404)
         if "OfflineMode" in f"{type(cause)} {cause}":
             return 0, "HF_HUB_OFFLINE is set", True
-    if isinstance(error, FileNotFoundError) and type(error).__module__ == "datasets.exceptions":
-        return 0, first_line(error), True
-    network = any(isinstance(e, OSError) or type(e).__module__.startswith("httpx") for e in chain)
-    disk = getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS)
-    if disk or not network or isinstance(error, UserError):
+    lost = [e for e in chain if isinstance(e, OSError) or type(e).__module__.startswith("httpx")]
+    lost = [e for e in lost if not isinstance(e, FileNotFoundError)]  # which is of a cache
+    if not lost or getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
         raise error
-    causes = [e for e in chain if not isinstance(e, FileNotFoundError)] or chain  # not in a cache
-    return 0, f"{type(causes[-1]).__name__}: {first_line(causes[-1])}", False
+    return 0, f"{type(lost[-1]).__name__}: {first_line(lost[-1])}", False
 
 class RemoteFile(io.RawIOBase):
     """A file of the hub, to be read from any place on. What the network loses is fetched again."""
@@ -309,13 +308,11 @@ def read_text(path: str, file, column: str, at: int = 0):
     skip(file, at)
     starts, rest, block = at == 0, b"", b"unread"
     while block:
-        block, parts = file.read(max(2 * PIECE, len(rest))), []
+        block = file.read(max(2 * PIECE, len(rest)))
         check_encoding(path, block)
-        for _, stretch in stretches(rest + block):
-            first, *others = stretch.split(SEPARATOR)
-            parts += [first, *(SEPARATOR + part for part in others)]
+        parts = [part for _, text in stretches(rest + block) for part in BEFORE.split(text)]
         rest = parts.pop() if block else b""  # it may go on in the next block
-        for part, after in zip(parts, [*parts, rest][1:], strict=True):
+        for part, after in pairwise([*parts, rest]):
             text = part.rstrip() if after.startswith(SEPARATOR) else part
             if part.startswith(SEPARATOR):
                 text, starts = text.removeprefix(SEPARATOR).lstrip(), True
@@ -346,13 +343,13 @@ def read_json(path: str, file, column: str, at: int = 0, number: int = 1):
     """Lines of JSON, a document each. A place is an offset in bytes and the number of a line. In a
     list of objects, which is read whole, it is the number of an object."""
     if file.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
-        rows = json.loads(file.read().decode("utf-8", "mark").removeprefix("\ufeff"))
+        rows = json.loads(file.read().decode("utf-8-sig", "mark"))
         for i, row in enumerate(rows[number - 1 :], number):
             yield 0, i, True, text_of(row, column, path, i)
         return
     skip(file, at)
     for line in file:
-        if string := line.decode("utf-8", "mark").removeprefix("\ufeff").strip():
+        if string := line.decode("utf-8-sig", "mark").strip():
             try:
                 row = json.loads(string)
             except (ValueError, RecursionError) as error:
@@ -416,7 +413,7 @@ def texts_in(column) -> list[bytes | None]:
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if str(kind) not in ("string", "large_string", "string_view"):
         return [None] * len(column)
-    return column.cast(kind).cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
+    return column.cast(pa.large_binary()).to_pylist()
 
 def open_zstd(file):
     import pyarrow
@@ -506,7 +503,7 @@ def hub_files(dataset: str, name: str | None) -> list[str]:
         files = (download(dataset, load).config.data_files or {}).get("train", ())
     except UserError:
         raise
-    except (ValueError, RuntimeError) as error:  # the configuration, or a script
+    except (ValueError, RuntimeError, FileNotFoundError) as error:  # the configuration, a script
         raise UserError(f"--dataset {dataset}, --name {name}: {first_line(error)}") from error
     return readable(map(str, files), f"--dataset {dataset}, --name {name}, split train")
 
@@ -666,8 +663,9 @@ class Shards:
             counts = [int((tokens[:at] == eot).sum()), counts[1] * at // len(tokens), *counts[2:]]
         self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
 
-    def finish_shard(self, cursor: list, used: int, exhausted: bool = False) -> None:
-        """Write the tokens as a shard; note it, and where in the source the next one begins."""
+    def finish_shard(self, cursor: list, used: int) -> None:
+        """Write the tokens as a shard; note it, and where in the source the next one begins: there
+        is no cursor at its end."""
         i = len(self.shards)
         if i == 0:  # a folder with a shard is never without a manifest
             write_manifest(self.out, self.manifest)
@@ -677,13 +675,14 @@ class Shards:
         if i == 0 and cursor:
             self.manifest["val_files"] = cursor[0] + 1
         resume = dict(cursor=cursor, used=used, counts=self.counts)
-        self.manifest.update(resume=resume, counts=self.counts, exhausted=exhausted)
+        self.manifest.update(resume=resume, counts=self.counts, exhausted=not cursor)
         write_manifest(self.out, self.manifest)
         say(f"{path}: {self.shards[-1]['tokens']:,} tokens")
 
-    def finish(self, exhausted: bool) -> None:
+    def finish(self) -> None:
         if self.tokens:
-            self.finish_shard([], 0, exhausted)
+            self.finish_shard([], 0)
+        exhausted = self.count < self.limit
         self.manifest.update(counts=self.counts, exhausted=exhausted, finished=True)
         write_manifest(self.out, self.manifest)
 
@@ -734,7 +733,7 @@ def prepare(cfg) -> None:
         if shards.count == 0:
             skipped = shards.counts[2]
             raise UserError(f"{source}: there is no text in it ({skipped} rows were skipped)")
-        shards.finish(exhausted=shards.count < shards.limit)
+        shards.finish()
         seconds = time.perf_counter() - start
     speed = (shards.count - first_count) / seconds
     summarise(out, manifest, files, f"{seconds:.1f} s, {speed:,.0f} tokens a second")
@@ -788,24 +787,23 @@ def fetch(cfg) -> None:
     out, repository, start = Path(cfg.out), cfg.pretokenized, time.perf_counter()
     new = dict(encoding="gpt2", vocab_size=50257, source=repository, revision=None)
     manifest = open_manifest(out, new | dict(exhausted=False, finished=False, shards=[]))
-    shards = manifest["shards"]
-    enough = manifest["exhausted"] or (cfg.max_tokens and total(shards) >= cfg.max_tokens)
-    there = enough and all((out / shard["name"]).exists() for shard in shards)
-    if not there:
+    limit = cfg.max_tokens or 2**63
+    if not manifest["exhausted"] and total(manifest["shards"]) < limit:
         options = dict(revision=manifest["revision"], files_metadata=True)
         info = download(repository, partial(HfApi().dataset_info, repository, **options))
-        limit = max(total(shards), cfg.max_tokens or 2**63)
         shards, exhausted = choose_shards(info.siblings, limit)
         manifest.update(revision=info.sha, shards=shards, exhausted=exhausted, finished=False)
         write_manifest(out, manifest)
-        options = dict(repo_type="dataset", revision=info.sha, local_dir=out)
-        for name in [shard["name"] for shard in shards]:
+    shards = manifest["shards"]
+    options = dict(repo_type="dataset", revision=manifest["revision"], local_dir=out)
+    for name in [shard["name"] for shard in shards]:
+        if not (out / name).exists():
             download(name, partial(hf_hub_download, repository, name, **options), patience=180)
     check_sizes(out, shards)
     if not manifest.get("finished"):
         write_manifest(out, {**manifest, "finished": True})
-    ending = "fetched before" if there else f"{time.perf_counter() - start:.1f} s"
-    say(f"{out}: {len(shards)} shards, {total(shards):,} tokens, {ending}")
+    seconds = time.perf_counter() - start
+    say(f"{out}: {len(shards)} shards, {total(shards):,} tokens, {seconds:.1f} s")
 
 def choose_shards(files, limit: int) -> tuple[list[dict], bool]:
     """Of a repository's files the val shards, and so many train shards as make up `limit` tokens ->
