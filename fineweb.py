@@ -40,7 +40,7 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -269,34 +269,21 @@ def diagnose(error: Exception) -> tuple[int, str, bool]:
         raise error
     return 0, f"{type(lost[-1]).__name__}: {first_line(lost[-1])}", False
 
-class RemoteFile(io.RawIOBase):
+def open_remote(url: str):
     """A file of the hub, to be read from any place on. What the network loses is fetched again."""
+    import fsspec
 
-    readable = seekable = lambda self: True
+    hub, path = fsspec.url_to_fs(url)
+    file = download(url, partial(hub.open, path, cache_type="none"))
+    fetch = partial(fetch_range, file)
+    file.cache.fetcher = lambda *span: download(url, partial(fetch, *span), patience=180)
+    return file
 
-    def __init__(self, url: str):
-        import fsspec
-
-        self.url, self.at = url, 0
-        self.hub, self.path = fsspec.url_to_fs(url)
-        self.size = download(url, partial(self.hub.size, self.path))
-
-    def seek(self, offset, whence=os.SEEK_SET):
-        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
-        return self.at
-
-    def readinto(self, buffer):
-        length = max(0, min(len(buffer), self.size - self.at))
-        if length:
-            buffer[:length] = download(self.url, partial(self.fetch, length), patience=180)
-            self.at += length
-        return length
-
-    def fetch(self, length: int) -> bytes:
-        data = self.hub.cat_file(self.path, self.at, self.at + length, cache_type="none")
-        if len(data) < length:
-            raise OSError(f"the file is short by {length - len(data):,} bytes")
-        return data
+def fetch_range(file, start: int, end: int) -> bytes:
+    data, end = file._fetch_range(start, end), min(end, file.size)
+    if len(data) < end - start:
+        raise OSError(f"the file is short by {end - start - len(data):,} bytes")
+    return data
 
 # === Sources ===
 # A reader yields (*place, starts, text) of one file: a place in it, whether a document starts
@@ -437,22 +424,22 @@ def reader_of(path: str):
         return None
     return read, unpack
 
-def read_source(files: list[str], column: str, first: int = 0, *place):
+def read_source(files: list[str], column: str, cursor: list):
     """(cursor, text, starts, share of the source read) of files, one after the other, from a cursor
     on: a file, a document's place in it, an offset in its text. Raises UserError for a file that is
     damaged or can't be read."""
     codecs.register_error("mark", mark_broken)
-    sizes = [RemoteFile(path).size if "://" in path else os.path.getsize(path) for path in files]
-    before, whole = sum(sizes[:first]), max(1, sum(sizes))
-    *place, byte = place or [0]
+    sizes = [open_remote(path).size if "://" in path else os.path.getsize(path) for path in files]
+    before = [0, *accumulate(sizes)]
+    first, *place, byte = cursor or [0, 0]
     for i, path in enumerate(files[first:], first):
         read, unpack = reader_of(path)
         try:
             remote = "://" in path
-            with io.BufferedReader(RemoteFile(path), BLOCK) if remote else open(path, "rb") as raw:
+            with io.BufferedReader(open_remote(path), BLOCK) if remote else open(path, "rb") as raw:
                 file = unpack(raw) if unpack else raw
                 for *here, starts, text in read(path, file, column, *place):
-                    share = (before + raw.tell()) / whole
+                    share = (before[i] + raw.tell()) / max(1, before[-1])
                     for at, stretch in [(0, None)] if text is None else stretches(text, byte):
                         yield [i, *here, at], stretch, starts and at == 0, share
                     byte = 0
@@ -460,7 +447,7 @@ def read_source(files: list[str], column: str, first: int = 0, *place):
             raise
         except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, csv.Error) as error:
             raise UserError(f"{path} can't be read ({first_line(error)})") from error
-        before, place = before + sizes[i], []
+        place = []
 
 def pieces_of(items, shards: list):
     """(cursor, share of the source, bytes, parts) of pieces, each the work of a task. While there
@@ -483,10 +470,8 @@ def find_files(patterns: list[str]) -> list[str]:
         there = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
         if not there:
             raise UserError(f"--files {pattern}: no such file")
-        found = set()
-        for path in map(Path, there):
-            found |= {p for p in path.rglob("*") if p.is_file()} if path.is_dir() else {path}
-        files += readable(map(str, sorted(found)), f"--files {pattern}")
+        paths = {p for path in map(Path, there) for p in (path, *path.rglob("*")) if p.is_file()}
+        files += readable(map(str, sorted(paths)), f"--files {pattern}")
     return files
 
 def hub_files(dataset: str, name: str | None) -> list[str]:
@@ -640,11 +625,10 @@ class Shards:
 
     def go_on(self) -> None:
         """Go on after an earlier run. A last shard that was cut short at --max_tokens grows on."""
+        say(f"{self.out}: going on after {self.count:,} tokens")
         self.manifest["finished"] = False
-        if self.shards:
-            say(f"{self.out}: going on after {self.count:,} tokens")
-            write_manifest(self.out, self.manifest)
-        if self.shards and self.shards[-1]["tokens"] < self.size:
+        write_manifest(self.out, self.manifest)
+        if self.shards[-1]["tokens"] < self.size:
             last = self.shards.pop()
             self.tokens += (self.out / last["name"]).read_bytes()[128 : size_of(last)]
 
@@ -667,7 +651,7 @@ class Shards:
         """Write the tokens as a shard; note it, and where in the source the next one begins: there
         is no cursor at its end."""
         i = len(self.shards)
-        if i == 0:  # a folder with a shard is never without a manifest
+        if not self.manifest["resume"]["cursor"]:  # no shard is ever without a manifest
             write_manifest(self.out, self.manifest)
         path = self.out / shard_name(self.prefix, i)
         self.shards.append(write_shard(path, self.tokens))
@@ -718,9 +702,10 @@ def prepare(cfg) -> None:
         start = time.perf_counter()
         if not files:
             manifest["files"] = manifest.get("files") or hub_files(cfg.dataset, cfg.name)
-        shards.go_on()
+        if shards.shards:
+            shards.go_on()
         cursor = manifest["resume"]["cursor"]
-        items = read_source(files or manifest["files"], cfg.text_column, *cursor)
+        items = read_source(files or manifest["files"], cfg.text_column, cursor)
         pieces = pieces_of(items, shards.shards)
         options = dict(unit=" tokens", unit_scale=True, disable=None)
         bar = stack.enter_context(tqdm(total=cfg.max_tokens, initial=first_count, **options))
@@ -878,7 +863,7 @@ def parse_flags(argv: list[str] | None):
     cfg = parser.parse_args(argv)
     for name, low in ("shard_size", 2), ("max_tokens", 1), ("num_workers", 1):
         value = getattr(cfg, name)
-        if value is not None and not low <= value < 2**63:
+        if value is not None and value < low:
             raise UserError(f"--{name} {value} is not a number of at least {low}")
     if sum(map(bool, (cfg.dataset, cfg.files, cfg.pretokenized))) > 1:
         raise UserError("--dataset, --files and --pretokenized exclude each other; give one")
