@@ -37,8 +37,7 @@ import time
 import zlib
 from array import array
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -144,7 +143,7 @@ ENCODINGS = {"gpt2": gpt2_encoding, "bytes": byte_encoding}
 # white space around it belongs.
 CUT = re.compile(rb"(?<=[!-=?-~])\s|(?<=[A-Za-z])[0-9]")
 SEPARATOR = b"<|endoftext|>"
-BEFORE = re.compile(rb"(?=<\|endoftext\|>)")
+BEFORE_SEPARATOR = re.compile(rb"(?=<\|endoftext\|>)")
 
 def stretches(text: bytes, at: int = 0):
     """(offset, stretch) of a text, from an offset on. A stretch has one to two PIECEs, or more
@@ -174,17 +173,16 @@ def encode_run(run: bytes, step: int = 2**16) -> array:
 
 def encode(text: str):
     """The tokens of a text, in uint16. `<|endoftext|>` in it is text like any other."""
-    try:
-        if len(text) > 4 * PIECE:  # if there is no place to cut, it may be one run, for which
-            raise ValueError  # tiktoken needs 50 times its memory
-        return ENCODING.encode_to_numpy(text, disallowed_special=()).astype("<u2")
-    except ValueError:  # or white space so long that tiktoken's regular expression gave up
-        import regex  # tiktoken depends on it, and it reads the same patterns
+    # tiktoken needs 50 times the memory of a long run, and gives up on one of white space
+    if len(text) <= 4 * PIECE:
+        with contextlib.suppress(ValueError):
+            return ENCODING.encode_to_numpy(text, disallowed_special=()).astype("<u2")
+    import regex  # tiktoken depends on it, and it reads the same patterns
 
-        tokens = array("H")
-        for match in regex.finditer(ENCODING._pat_str, text):
-            tokens += encode_run(match.group().encode())
-        return np.asarray(tokens, "<u2")
+    tokens = array("H")
+    for match in regex.finditer(ENCODING._pat_str, text):
+        tokens += encode_run(match.group().encode())
+    return np.asarray(tokens, "<u2")
 
 def tokenize(parts: list[tuple]) -> tuple[np.ndarray, list[int]]:
     """The work of a task: (text, whether a document starts there) of each part -> (tokens,
@@ -223,7 +221,7 @@ def tokenize_all(pool, pieces, num_workers: int):
         waiting.append((cursor, share, size, pool.submit(tokenize, parts)))
         under_way += size
         del parts  # they may be large
-        while under_way > 8 * num_workers * PIECE:
+        while len(waiting) > 8 * num_workers or under_way > 8 * num_workers * PIECE:
             cursor, share, size, future = waiting.popleft()
             under_way -= size
             yield cursor, share, *future.result()
@@ -297,7 +295,9 @@ def read_text(path: str, file, column: str, at: int = 0):
     while block:
         block = file.read(max(2 * PIECE, len(rest)))
         check_encoding(path, block)
-        parts = [part for _, text in stretches(rest + block) for part in BEFORE.split(text)]
+        parts = []
+        for _, stretch in stretches(rest + block):
+            parts += BEFORE_SEPARATOR.split(stretch)
         rest = parts.pop() if block else b""  # it may go on in the next block
         for part, after in pairwise([*parts, rest]):
             text = part.rstrip() if after.startswith(SEPARATOR) else part
@@ -471,7 +471,7 @@ def find_files(patterns: list[str]) -> list[str]:
         if not there:
             raise UserError(f"--files {pattern}: no such file")
         paths = {p for path in map(Path, there) for p in (path, *path.rglob("*")) if p.is_file()}
-        files += readable(map(str, sorted(paths)), f"--files {pattern}")
+        files += readable([*map(str, sorted(paths))], f"--files {pattern}")
     return files
 
 def hub_files(dataset: str, name: str | None) -> list[str]:
@@ -490,12 +490,11 @@ def hub_files(dataset: str, name: str | None) -> list[str]:
         raise
     except (ValueError, RuntimeError, FileNotFoundError) as error:  # the configuration, a script
         raise UserError(f"--dataset {dataset}, --name {name}: {first_line(error)}") from error
-    return readable(map(str, files), f"--dataset {dataset}, --name {name}, split train")
+    return readable([*map(str, files)], f"--dataset {dataset}, --name {name}, split train")
 
-def readable(files, where: str) -> list[str]:
+def readable(files: list[str], where: str) -> list[str]:
     """Those files that there is a reader for. Says how many others are left out, and names some.
     Raises UserError without any."""
-    files = list(files)
     known = [path for path in files if reader_of(path)]
     others = [path for path in files if not reader_of(path)]
     if not known:
@@ -599,16 +598,16 @@ def open_manifest(out: Path, new: dict | None, prefix: str = "") -> dict | None:
 def total(shards: list[dict]) -> int:
     return sum(shard["tokens"] for shard in shards)
 
-def size_of(shard: dict) -> int:
-    """Bytes of a shard's file: the header of its format, and two a token."""
-    return (1024 if shard["name"].endswith(".bin") else 128) + 2 * shard["tokens"]
+def header_size(name: str) -> int:
+    """Bytes before the tokens in a shard's file."""
+    return 1024 if name.endswith(".bin") else 128
 
 def check_sizes(out: Path, shards: list[dict]) -> None:
     """Raises UserError unless each shard is there, as long as the manifest says. (The last may be
     longer: it had grown when the run was killed.)"""
     for shard in shards:
-        path = out / shard["name"]
-        if not path.exists() or path.stat().st_size < size_of(shard):
+        path, size = out / shard["name"], header_size(shard["name"]) + 2 * shard["tokens"]
+        if not path.exists() or path.stat().st_size < size:
             what = "is not as long as manifest.json says" if path.exists() else "is gone"
             raise UserError(f"{path} {what}; put it back, or remove {out} and start again")
 
@@ -630,7 +629,7 @@ class Shards:
         write_manifest(self.out, self.manifest)
         if self.shards[-1]["tokens"] < self.size:
             last = self.shards.pop()
-            self.tokens += (self.out / last["name"]).read_bytes()[128 : size_of(last)]
+            self.tokens += np.load(self.out / last["name"])[: last["tokens"]].tobytes()
 
     def add(self, cursor: list, tokens: np.ndarray, counts: list, eot: int) -> None:
         """Take a piece's tokens, as far as the limit goes."""
@@ -796,8 +795,8 @@ def choose_shards(files, limit: int) -> tuple[list[dict], bool]:
     found = {"val": [], "train": []}
     for file in sorted(files, key=lambda file: file.rfilename):
         if match := re.fullmatch(r"(?:.*_)?(train|val)(?:_\d+)?\.(?:npy|bin)", file.rfilename):
-            shard = dict(name=file.rfilename, tokens=0, sha256=file.lfs.sha256)
-            shard["tokens"] = (file.size - size_of(shard)) // 2
+            tokens = (file.size - header_size(file.rfilename)) // 2
+            shard = dict(name=file.rfilename, tokens=tokens, sha256=file.lfs.sha256)
             found[match[1]].append(shard)
     if not all(found.values()):
         what = "the repository holds no val and train shards (NAME_train_000001.bin or .npy)"
@@ -897,7 +896,7 @@ def main(argv: list[str] | None = None) -> int:
         reason = error
     except OSError as error:  # a full disk, a folder that can't be written
         reason = f"{error}; put that right, and the same command goes on from here"
-    except BrokenProcessPool:
+    except BrokenExecutor:
         reason = "a worker was killed (no memory left?); try again with fewer --num_workers"
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last finished shard", file=sys.stderr)
