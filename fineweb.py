@@ -262,7 +262,7 @@ def diagnose(error: Exception) -> tuple[int, str, bool]:
         if "OfflineMode" in f"{type(cause)} {cause}":
             return 0, "HF_HUB_OFFLINE is set", True
     lost = [e for e in chain if isinstance(e, OSError) or type(e).__module__.startswith("httpx")]
-    lost = [e for e in lost if not isinstance(e, FileNotFoundError)]  # which is of a cache
+    lost = [e for e in lost if not isinstance(e, FileNotFoundError)]  # of a cache
     if not lost or getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
         raise error
     return 0, f"{type(lost[-1]).__name__}: {first_line(lost[-1])}", False
@@ -278,6 +278,7 @@ def open_remote(url: str):
     return file
 
 def fetch_range(file, start: int, end: int) -> bytes:
+    """Bytes of a remote file, up to its end. Raises OSError where fewer come."""
     data, end = file._fetch_range(start, end), min(end, file.size)
     if len(data) < end - start:
         raise OSError(f"the file is short by {end - start - len(data):,} bytes")
@@ -293,9 +294,8 @@ def read_text(path: str, file, column: str, at: int = 0):
     skip(file, at)
     starts, rest, block = at == 0, b"", b"unread"
     while block:
-        block = file.read(max(2 * PIECE, len(rest)))
+        block, parts = file.read(max(2 * PIECE, len(rest))), []
         check_encoding(path, block)
-        parts = []
         for _, stretch in stretches(rest + block):
             parts += BEFORE_SEPARATOR.split(stretch)
         rest = parts.pop() if block else b""  # it may go on in the next block
