@@ -37,9 +37,9 @@ import time
 import zlib
 from array import array
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +143,7 @@ ENCODINGS = {"gpt2": gpt2_encoding, "bytes": byte_encoding}
 # white space around it belongs.
 CUT = re.compile(rb"(?<=[!-=?-~])\s|(?<=[A-Za-z])[0-9]")
 SEPARATOR = b"<|endoftext|>"
+BEFORE_SEPARATOR = re.compile(rb"(?=<\|endoftext\|>)")
 
 def stretches(text: bytes, at: int = 0):
     """(offset, stretch) of a text, from an offset on. A stretch has one to two PIECEs, or more
@@ -172,17 +173,16 @@ def encode_run(run: bytes, step: int = 2**16) -> array:
 
 def encode(text: str):
     """The tokens of a text, in uint16. `<|endoftext|>` in it is text like any other."""
-    try:
-        if len(text) > 4 * PIECE:  # if there is no place to cut, it may be one run, for which
-            raise ValueError  # tiktoken needs 50 times its memory
-        return ENCODING.encode_to_numpy(text, disallowed_special=()).astype("<u2")
-    except ValueError:  # or white space so long that tiktoken's regular expression gave up
-        import regex  # tiktoken depends on it, and it reads the same patterns
+    # tiktoken needs 50 times the memory of a long run, and gives up on one of white space
+    if len(text) <= 4 * PIECE:
+        with contextlib.suppress(ValueError):
+            return ENCODING.encode_to_numpy(text, disallowed_special=()).astype("<u2")
+    import regex  # tiktoken depends on it, and it reads the same patterns
 
-        tokens = array("H")
-        for match in regex.finditer(ENCODING._pat_str, text):
-            tokens += encode_run(match.group().encode())
-        return np.asarray(tokens, "<u2")
+    tokens = array("H")
+    for match in regex.finditer(ENCODING._pat_str, text):
+        tokens += encode_run(match.group().encode())
+    return np.asarray(tokens, "<u2")
 
 def tokenize(parts: list[tuple]) -> tuple[np.ndarray, list[int]]:
     """The work of a task: (text, whether a document starts there) of each part -> (tokens,
@@ -261,43 +261,28 @@ def diagnose(error: Exception) -> tuple[int, str, bool]:
             return status, f"HTTP status {status}", status in (401, 403, 404)
         if "OfflineMode" in f"{type(cause)} {cause}":
             return 0, "HF_HUB_OFFLINE is set", True
-    if isinstance(error, FileNotFoundError) and type(error).__module__ == "datasets.exceptions":
-        return 0, first_line(error), True
-    network = any(isinstance(e, OSError) or type(e).__module__.startswith("httpx") for e in chain)
-    disk = getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS)
-    if disk or not network or isinstance(error, UserError):
+    lost = [e for e in chain if isinstance(e, OSError) or type(e).__module__.startswith("httpx")]
+    lost = [e for e in lost if not isinstance(e, FileNotFoundError)]  # of a cache
+    if not lost or getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
         raise error
-    causes = [e for e in chain if not isinstance(e, FileNotFoundError)] or chain  # not in a cache
-    return 0, f"{type(causes[-1]).__name__}: {first_line(causes[-1])}", False
+    return 0, f"{type(lost[-1]).__name__}: {first_line(lost[-1])}", False
 
-class RemoteFile(io.RawIOBase):
+def open_remote(url: str):
     """A file of the hub, to be read from any place on. What the network loses is fetched again."""
+    import fsspec
 
-    readable = seekable = lambda self: True
+    hub, path = fsspec.url_to_fs(url)
+    file = download(url, partial(hub.open, path, cache_type="none"))
+    fetch = partial(fetch_range, file)
+    file.cache.fetcher = lambda *span: download(url, partial(fetch, *span), patience=180)
+    return file
 
-    def __init__(self, url: str):
-        import fsspec
-
-        self.url, self.at = url, 0
-        self.hub, self.path = fsspec.url_to_fs(url)
-        self.size = download(url, partial(self.hub.size, self.path))
-
-    def seek(self, offset, whence=os.SEEK_SET):
-        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
-        return self.at
-
-    def readinto(self, buffer):
-        length = max(0, min(len(buffer), self.size - self.at))
-        if length:
-            buffer[:length] = download(self.url, partial(self.fetch, length), patience=180)
-            self.at += length
-        return length
-
-    def fetch(self, length: int) -> bytes:
-        data = self.hub.cat_file(self.path, self.at, self.at + length, cache_type="none")
-        if len(data) < length:
-            raise OSError(f"the file is short by {length - len(data):,} bytes")
-        return data
+def fetch_range(file, start: int, end: int) -> bytes:
+    """Bytes of a remote file, up to its end. Raises OSError where fewer come."""
+    data, end = file._fetch_range(start, end), min(end, file.size)
+    if len(data) < end - start:
+        raise OSError(f"the file is short by {end - start - len(data):,} bytes")
+    return data
 
 # === Sources ===
 # A reader yields (*place, starts, text) of one file: a place in it, whether a document starts
@@ -312,10 +297,9 @@ def read_text(path: str, file, column: str, at: int = 0):
         block, parts = file.read(max(2 * PIECE, len(rest))), []
         check_encoding(path, block)
         for _, stretch in stretches(rest + block):
-            first, *others = stretch.split(SEPARATOR)
-            parts += [first, *(SEPARATOR + part for part in others)]
+            parts += BEFORE_SEPARATOR.split(stretch)
         rest = parts.pop() if block else b""  # it may go on in the next block
-        for part, after in zip(parts, [*parts, rest][1:], strict=True):
+        for part, after in pairwise([*parts, rest]):
             text = part.rstrip() if after.startswith(SEPARATOR) else part
             if part.startswith(SEPARATOR):
                 text, starts = text.removeprefix(SEPARATOR).lstrip(), True
@@ -346,13 +330,13 @@ def read_json(path: str, file, column: str, at: int = 0, number: int = 1):
     """Lines of JSON, a document each. A place is an offset in bytes and the number of a line. In a
     list of objects, which is read whole, it is the number of an object."""
     if file.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
-        rows = json.loads(file.read().decode("utf-8", "mark").removeprefix("\ufeff"))
+        rows = json.loads(file.read().decode("utf-8-sig", "mark"))
         for i, row in enumerate(rows[number - 1 :], number):
             yield 0, i, True, text_of(row, column, path, i)
         return
     skip(file, at)
     for line in file:
-        if string := line.decode("utf-8", "mark").removeprefix("\ufeff").strip():
+        if string := line.decode("utf-8-sig", "mark").strip():
             try:
                 row = json.loads(string)
             except (ValueError, RecursionError) as error:
@@ -416,7 +400,7 @@ def texts_in(column) -> list[bytes | None]:
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if str(kind) not in ("string", "large_string", "string_view"):
         return [None] * len(column)
-    return column.cast(kind).cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
+    return column.cast(pa.large_binary()).to_pylist()
 
 def open_zstd(file):
     import pyarrow
@@ -440,22 +424,22 @@ def reader_of(path: str):
         return None
     return read, unpack
 
-def read_source(files: list[str], column: str, first: int = 0, *place):
+def read_source(files: list[str], column: str, cursor: list):
     """(cursor, text, starts, share of the source read) of files, one after the other, from a cursor
     on: a file, a document's place in it, an offset in its text. Raises UserError for a file that is
     damaged or can't be read."""
     codecs.register_error("mark", mark_broken)
-    sizes = [RemoteFile(path).size if "://" in path else os.path.getsize(path) for path in files]
-    before, whole = sum(sizes[:first]), max(1, sum(sizes))
-    *place, byte = place or [0]
+    sizes = [open_remote(path).size if "://" in path else os.path.getsize(path) for path in files]
+    before = [0, *accumulate(sizes)]
+    first, *place, byte = cursor or [0, 0]
     for i, path in enumerate(files[first:], first):
         read, unpack = reader_of(path)
         try:
             remote = "://" in path
-            with io.BufferedReader(RemoteFile(path), BLOCK) if remote else open(path, "rb") as raw:
+            with io.BufferedReader(open_remote(path), BLOCK) if remote else open(path, "rb") as raw:
                 file = unpack(raw) if unpack else raw
                 for *here, starts, text in read(path, file, column, *place):
-                    share = (before + raw.tell()) / whole
+                    share = (before[i] + raw.tell()) / max(1, before[-1])
                     for at, stretch in [(0, None)] if text is None else stretches(text, byte):
                         yield [i, *here, at], stretch, starts and at == 0, share
                     byte = 0
@@ -463,7 +447,7 @@ def read_source(files: list[str], column: str, first: int = 0, *place):
             raise
         except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, csv.Error) as error:
             raise UserError(f"{path} can't be read ({first_line(error)})") from error
-        before, place = before + sizes[i], []
+        place = []
 
 def pieces_of(items, shards: list):
     """(cursor, share of the source, bytes, parts) of pieces, each the work of a task. While there
@@ -486,10 +470,8 @@ def find_files(patterns: list[str]) -> list[str]:
         there = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
         if not there:
             raise UserError(f"--files {pattern}: no such file")
-        found = set()
-        for path in map(Path, there):
-            found |= {p for p in path.rglob("*") if p.is_file()} if path.is_dir() else {path}
-        files += readable(map(str, sorted(found)), f"--files {pattern}")
+        paths = {p for path in map(Path, there) for p in (path, *path.rglob("*")) if p.is_file()}
+        files += readable([*map(str, sorted(paths))], f"--files {pattern}")
     return files
 
 def hub_files(dataset: str, name: str | None) -> list[str]:
@@ -506,14 +488,13 @@ def hub_files(dataset: str, name: str | None) -> list[str]:
         files = (download(dataset, load).config.data_files or {}).get("train", ())
     except UserError:
         raise
-    except (ValueError, RuntimeError) as error:  # the configuration, or a script
+    except (ValueError, RuntimeError, FileNotFoundError) as error:  # the configuration, a script
         raise UserError(f"--dataset {dataset}, --name {name}: {first_line(error)}") from error
-    return readable(map(str, files), f"--dataset {dataset}, --name {name}, split train")
+    return readable([*map(str, files)], f"--dataset {dataset}, --name {name}, split train")
 
-def readable(files, where: str) -> list[str]:
+def readable(files: list[str], where: str) -> list[str]:
     """Those files that there is a reader for. Says how many others are left out, and names some.
     Raises UserError without any."""
-    files = list(files)
     known = [path for path in files if reader_of(path)]
     others = [path for path in files if not reader_of(path)]
     if not known:
@@ -617,16 +598,16 @@ def open_manifest(out: Path, new: dict | None, prefix: str = "") -> dict | None:
 def total(shards: list[dict]) -> int:
     return sum(shard["tokens"] for shard in shards)
 
-def size_of(shard: dict) -> int:
-    """Bytes of a shard's file: the header of its format, and two a token."""
-    return (1024 if shard["name"].endswith(".bin") else 128) + 2 * shard["tokens"]
+def header_size(name: str) -> int:
+    """Bytes before the tokens in a shard's file."""
+    return 1024 if name.endswith(".bin") else 128
 
 def check_sizes(out: Path, shards: list[dict]) -> None:
     """Raises UserError unless each shard is there, as long as the manifest says. (The last may be
     longer: it had grown when the run was killed.)"""
     for shard in shards:
-        path = out / shard["name"]
-        if not path.exists() or path.stat().st_size < size_of(shard):
+        path, size = out / shard["name"], header_size(shard["name"]) + 2 * shard["tokens"]
+        if not path.exists() or path.stat().st_size < size:
             what = "is not as long as manifest.json says" if path.exists() else "is gone"
             raise UserError(f"{path} {what}; put it back, or remove {out} and start again")
 
@@ -643,13 +624,12 @@ class Shards:
 
     def go_on(self) -> None:
         """Go on after an earlier run. A last shard that was cut short at --max_tokens grows on."""
+        say(f"{self.out}: going on after {self.count:,} tokens")
         self.manifest["finished"] = False
-        if self.shards:
-            say(f"{self.out}: going on after {self.count:,} tokens")
-            write_manifest(self.out, self.manifest)
-        if self.shards and self.shards[-1]["tokens"] < self.size:
+        write_manifest(self.out, self.manifest)
+        if self.shards[-1]["tokens"] < self.size:
             last = self.shards.pop()
-            self.tokens += (self.out / last["name"]).read_bytes()[128 : size_of(last)]
+            self.tokens += np.load(self.out / last["name"])[: last["tokens"]].tobytes()
 
     def add(self, cursor: list, tokens: np.ndarray, counts: list, eot: int) -> None:
         """Take a piece's tokens, as far as the limit goes."""
@@ -666,10 +646,11 @@ class Shards:
             counts = [int((tokens[:at] == eot).sum()), counts[1] * at // len(tokens), *counts[2:]]
         self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
 
-    def finish_shard(self, cursor: list, used: int, exhausted: bool = False) -> None:
-        """Write the tokens as a shard; note it, and where in the source the next one begins."""
+    def finish_shard(self, cursor: list, used: int) -> None:
+        """Write the tokens as a shard; note it, and where in the source the next one begins: there
+        is no cursor at its end."""
         i = len(self.shards)
-        if i == 0:  # a folder with a shard is never without a manifest
+        if not self.manifest["resume"]["cursor"]:  # no shard is ever without a manifest
             write_manifest(self.out, self.manifest)
         path = self.out / shard_name(self.prefix, i)
         self.shards.append(write_shard(path, self.tokens))
@@ -677,13 +658,14 @@ class Shards:
         if i == 0 and cursor:
             self.manifest["val_files"] = cursor[0] + 1
         resume = dict(cursor=cursor, used=used, counts=self.counts)
-        self.manifest.update(resume=resume, counts=self.counts, exhausted=exhausted)
+        self.manifest.update(resume=resume, counts=self.counts, exhausted=not cursor)
         write_manifest(self.out, self.manifest)
         say(f"{path}: {self.shards[-1]['tokens']:,} tokens")
 
-    def finish(self, exhausted: bool) -> None:
+    def finish(self) -> None:
         if self.tokens:
-            self.finish_shard([], 0, exhausted)
+            self.finish_shard([], 0)
+        exhausted = self.count < self.limit
         self.manifest.update(counts=self.counts, exhausted=exhausted, finished=True)
         write_manifest(self.out, self.manifest)
 
@@ -719,9 +701,10 @@ def prepare(cfg) -> None:
         start = time.perf_counter()
         if not files:
             manifest["files"] = manifest.get("files") or hub_files(cfg.dataset, cfg.name)
-        shards.go_on()
+        if shards.shards:
+            shards.go_on()
         cursor = manifest["resume"]["cursor"]
-        items = read_source(files or manifest["files"], cfg.text_column, *cursor)
+        items = read_source(files or manifest["files"], cfg.text_column, cursor)
         pieces = pieces_of(items, shards.shards)
         options = dict(unit=" tokens", unit_scale=True, disable=None)
         bar = stack.enter_context(tqdm(total=cfg.max_tokens, initial=first_count, **options))
@@ -734,7 +717,7 @@ def prepare(cfg) -> None:
         if shards.count == 0:
             skipped = shards.counts[2]
             raise UserError(f"{source}: there is no text in it ({skipped} rows were skipped)")
-        shards.finish(exhausted=shards.count < shards.limit)
+        shards.finish()
         seconds = time.perf_counter() - start
     speed = (shards.count - first_count) / seconds
     summarise(out, manifest, files, f"{seconds:.1f} s, {speed:,.0f} tokens a second")
@@ -788,24 +771,23 @@ def fetch(cfg) -> None:
     out, repository, start = Path(cfg.out), cfg.pretokenized, time.perf_counter()
     new = dict(encoding="gpt2", vocab_size=50257, source=repository, revision=None)
     manifest = open_manifest(out, new | dict(exhausted=False, finished=False, shards=[]))
-    shards = manifest["shards"]
-    enough = manifest["exhausted"] or (cfg.max_tokens and total(shards) >= cfg.max_tokens)
-    there = enough and all((out / shard["name"]).exists() for shard in shards)
-    if not there:
+    limit = cfg.max_tokens or 2**63
+    if not manifest["exhausted"] and total(manifest["shards"]) < limit:
         options = dict(revision=manifest["revision"], files_metadata=True)
         info = download(repository, partial(HfApi().dataset_info, repository, **options))
-        limit = max(total(shards), cfg.max_tokens or 2**63)
         shards, exhausted = choose_shards(info.siblings, limit)
         manifest.update(revision=info.sha, shards=shards, exhausted=exhausted, finished=False)
         write_manifest(out, manifest)
-        options = dict(repo_type="dataset", revision=info.sha, local_dir=out)
-        for name in [shard["name"] for shard in shards]:
+    shards = manifest["shards"]
+    options = dict(repo_type="dataset", revision=manifest["revision"], local_dir=out)
+    for name in [shard["name"] for shard in shards]:
+        if not (out / name).exists():
             download(name, partial(hf_hub_download, repository, name, **options), patience=180)
     check_sizes(out, shards)
     if not manifest.get("finished"):
         write_manifest(out, {**manifest, "finished": True})
-    ending = "fetched before" if there else f"{time.perf_counter() - start:.1f} s"
-    say(f"{out}: {len(shards)} shards, {total(shards):,} tokens, {ending}")
+    seconds = time.perf_counter() - start
+    say(f"{out}: {len(shards)} shards, {total(shards):,} tokens, {seconds:.1f} s")
 
 def choose_shards(files, limit: int) -> tuple[list[dict], bool]:
     """Of a repository's files the val shards, and so many train shards as make up `limit` tokens ->
@@ -813,8 +795,8 @@ def choose_shards(files, limit: int) -> tuple[list[dict], bool]:
     found = {"val": [], "train": []}
     for file in sorted(files, key=lambda file: file.rfilename):
         if match := re.fullmatch(r"(?:.*_)?(train|val)(?:_\d+)?\.(?:npy|bin)", file.rfilename):
-            shard = dict(name=file.rfilename, tokens=0, sha256=file.lfs.sha256)
-            shard["tokens"] = (file.size - size_of(shard)) // 2
+            tokens = (file.size - header_size(file.rfilename)) // 2
+            shard = dict(name=file.rfilename, tokens=tokens, sha256=file.lfs.sha256)
             found[match[1]].append(shard)
     if not all(found.values()):
         what = "the repository holds no val and train shards (NAME_train_000001.bin or .npy)"
@@ -880,7 +862,7 @@ def parse_flags(argv: list[str] | None):
     cfg = parser.parse_args(argv)
     for name, low in ("shard_size", 2), ("max_tokens", 1), ("num_workers", 1):
         value = getattr(cfg, name)
-        if value is not None and not low <= value < 2**63:
+        if value is not None and value < low:
             raise UserError(f"--{name} {value} is not a number of at least {low}")
     if sum(map(bool, (cfg.dataset, cfg.files, cfg.pretokenized))) > 1:
         raise UserError("--dataset, --files and --pretokenized exclude each other; give one")
@@ -914,7 +896,7 @@ def main(argv: list[str] | None = None) -> int:
         reason = error
     except OSError as error:  # a full disk, a folder that can't be written
         reason = f"{error}; put that right, and the same command goes on from here"
-    except BrokenProcessPool:
+    except BrokenExecutor:
         reason = "a worker was killed (no memory left?); try again with fewer --num_workers"
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last finished shard", file=sys.stderr)

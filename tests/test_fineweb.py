@@ -619,6 +619,22 @@ def test_max_tokens_cuts_and_a_later_run_with_more_goes_on(inline, capsys):
     assert_shards("out", shards_of(DOCUMENTS, 500))
 
 
+@pytest.mark.parametrize("limit", [100, 600])
+def test_stopped_while_a_cut_shard_grows_on_no_token_is_lost(limit, inline, monkeypatch):
+    write_jsonl(inline / "a.jsonl", DOCUMENTS)
+    command = ["--files", "a.jsonl", "--out=out", "--shard_size=500"]
+    run(*command, f"--max_tokens={limit}")
+
+    def stop(path, tokens):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fineweb, "write_shard", stop)
+        run(*command, code=130)
+    run(*command)
+    assert_shards("out", shards_of(DOCUMENTS, 500))
+
+
 # --------------------------------------------------------------------------------------------------
 # Long documents
 
