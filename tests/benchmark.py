@@ -586,6 +586,8 @@ SMALL = "--device=cpu --model=demo --micro_batch_size=2"  # where there are step
 def gpu(args) -> None:
     """All parts, each in processes of its own, so that what fails or hangs takes nothing with it.
     The report grows part by part."""
+    if not args.rehearse and not torch.cuda.is_available():
+        raise SystemExit("error: there is no CUDA GPU; --rehearse tries all of it on the CPU")
     device = train_gpt2.choose_device("cpu" if args.rehearse else "cuda")
     out = Path(args.out or re.sub(r"\W+", "_", f"gpu {hardware(device)}") + ".md")
     if out.exists():
