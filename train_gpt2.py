@@ -267,8 +267,7 @@ class GPT2(nn.Module):
             idx = torch.cat((idx, tokens.gather(1, drawn)), dim=1)
         return idx
     def configure_optimizers(self, weight_decay, learning_rate, fused=False):
-        """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101) with GPT-3's settings. Matrices and
-        embeddings decay; biases and LayerNorm gains do not."""
+        """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101) as GPT-3's: only matrices decay."""
         decay = [p for p in self.parameters() if p.dim() >= 2]
         rest = [p for p in self.parameters() if p.dim() < 2]
         groups = dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)
@@ -397,13 +396,15 @@ def peak_flops(cfg: TrainConfig) -> float:
     return 0 if slower else sum(tera.get(word, 0) for word in words) * 1e12 * WORLD_SIZE
 
 def choose_device(name: str | None) -> torch.device:
-    with user_error(f"--device {name} can't be used", "leave it out, or say cpu"):
-        device = torch.device(name or torch.accelerator.current_accelerator(True) or "cpu")
-        if device.type == "cuda":
-            device = torch.device("cuda", device.index or LOCAL_RANK)
-            torch.cuda.set_device(device)
-        torch.zeros(1, device=device).item()  # or it is not there
-        return device
+    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    found += ["mps"] * (torch.mps.device_count() // WORLD_SIZE) + ["cpu"]
+    require(WORLD_SIZE == 1 or ":" not in (name or ""), f"--device {name} is one for all ranks")
+    mine = name or found[0]
+    mine = f"cuda:{LOCAL_RANK}" if mine in ("cuda", "cuda:0") else mine
+    require(mine in found, f"--device {mine} is not there; found {found}")
+    if mine.startswith("cuda"):
+        torch.cuda.set_device(mine)
+    return torch.device(mine)
 
 def native_dtype(device) -> str:
     if device.type == "cuda":  # bf16 has float32's range; fp16 needs a scaler
@@ -592,8 +593,7 @@ def sibling(file, function, *args):
         raise
 
 def initial_model(cfg: TrainConfig) -> GPT2:
-    pretrained = vars(cfg).pop("pretrained", None) or read_pretrained(cfg.init_from)
-    config, weights = pretrained or (cfg, None)
+    config, weights = vars(cfg).pop("loaded", None) or read_pretrained(cfg.init_from) or (cfg, None)
     if cfg.vocab_size < config.vocab_size < 1.001 * cfg.vocab_size:  # special tokens
         cfg.vocab_size = config.vocab_size
     for size in SIZES:
@@ -616,7 +616,7 @@ def load_checkpoint(path: Path) -> dict:
     with user_error(f"{path} can't be read as a checkpoint", "choose another"):
         damaged = zipfile.ZipFile(path).testzip()  # torch.load compares no checksums
         state = dict(torch.load(path, "cpu", weights_only=True, mmap=str(path).isprintable()))
-        if damaged or state.get("format") not in (1, 2) or type(state["step"]) is not int:
+        if damaged or state.get("format") not in (1, 2) or state["step"] not in range(2**63):
             raise ValueError("damaged, or another program's")
         config_of(state["config"], state["model"])
         return state
@@ -893,10 +893,10 @@ def parse_flags(argv: list[str] | None) -> TrainConfig:
     init_from = given.get("init_from", "scratch")
     model = given.get("model", "demo" if demo else init_from if init_from in MODELS else "gpt2")
     brought = dict(MODELS[model], model=model)
-    if pretrained := read_pretrained(init_from):
-        brought |= {name: getattr(pretrained[0], name) for name in (*SIZES, "pad_vocab")}
+    if loaded := read_pretrained(init_from):
+        brought |= {name: getattr(loaded[0], name) for name in (*SIZES, "pad_vocab")}
     cfg = TrainConfig(**{**brought, **given})
-    cfg.pretrained = pretrained  # for initial_model and use
+    cfg.loaded = loaded  # for initial_model and use
     return cfg
 
 def use(cfg: TrainConfig) -> int:
@@ -907,7 +907,7 @@ def use(cfg: TrainConfig) -> int:
         require(state, f"no checkpoint in {where}; train first, or see --init_from, --log_dir")
         config, weights = GPT2Config(**state["config"]), state["model"]
     else:
-        config, weights = cfg.pretrained
+        config, weights = cfg.loaded
     model = load_weights(GPT2(replace(config, attention=cfg.attention)), weights, where)
     if cfg.export is not None and RANK == 0:
         sibling("hellaswag", "write_model", Path(cfg.export), asdict(config), model.state_dict())

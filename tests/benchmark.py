@@ -37,12 +37,14 @@ import sysconfig
 import tempfile
 import time
 import types
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -758,30 +760,32 @@ def profile(args) -> None:
 # memory: does a model fit a card?
 
 
+class Tally(TorchDispatchMode):
+    """Bytes of the tensors made while this is on: alive now, and at most. Views share a storage."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        for z in torch.utils._pytree.tree_leaves(out):
+            storage = z.untyped_storage() if isinstance(z, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.alive:
+                self.alive[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def free(self, key):
+        self.now -= self.alive.pop(key)
+
+
 def computed_peak(name: str, B: int, checkpointing: bool) -> float:
     """Bytes of all tensors alive at the worst moment of a step in bf16 autocast, uncompiled, from
     their sizes alone: nothing is computed and nothing allocated, so any machine can tell."""
-    import weakref
-
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Tally(TorchDispatchMode):
-        alive, now, peak = {}, 0, 0
-
-        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-            out = operation(*args, **(kwargs or {}))
-            for tensor in torch.utils._pytree.tree_leaves(out):
-                storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-                if storage is not None and storage._cdata not in self.alive:
-                    self.alive[storage._cdata] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self.free, storage._cdata)
-            self.peak = max(self.peak, self.now)
-            return out
-
-        def free(self, key):
-            self.now -= self.alive.pop(key)
 
     class Norm(torch.nn.LayerNorm):  # autocast on CUDA computes it in float32, on a CPU not
         def forward(self, x):

@@ -1,16 +1,14 @@
 """What torch.compile and memory get to see of a training step. No GPU is needed: nothing of the
 124M model is computed, only its tensors' sizes and types are followed."""
 
-import weakref
-
 import pytest
 import torch
+from benchmark import Tally
 from conftest import TINY
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train_gpt2
@@ -90,28 +88,6 @@ def test_training_is_one_graph_and_validation_one_more(here, monkeypatch):
     evaluations = ["--val_every=5", "--val_tokens=200", "--sample_every=5", "--max_new_tokens=4"]
     assert main([*RUN, "--log_dir=log", "--compile", "--micro_batch_size=2", *evaluations]) == 0
     assert counter.frame_count == 2
-
-
-class Tally(TorchDispatchMode):
-    """Bytes of the tensors made while this is on: alive now, and at most."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.now, self.peak = {}, 0, 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        out = operation(*args, **(kwargs or {}))
-        for z in storages(tree_leaves(out)):
-            storage = z.untyped_storage()
-            if storage._cdata not in self.alive:
-                self.alive[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.free, storage._cdata)
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def free(self, key):
-        self.now -= self.alive.pop(key)
 
 
 def test_trial_of_a_micro_batch_takes_the_memory_of_a_step(here, monkeypatch):

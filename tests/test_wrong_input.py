@@ -56,6 +56,7 @@ FLAGS = {
     "weights are a folder of shards": ["--init_from", "data"],
     "weights are a shard": ["--init_from", "data/text_val_000000.npy"],
     "weights of a model nobody published": ["--init_from", "gpt5"],
+    "two devices": ["--device", "cpu:1"],
     "device without a number": ["--device", "cuda:x"],
     "device with a negative number": ["--device", "cuda:-1"],
     "value for a switch": ["--shuffle=maybe"],
