@@ -862,7 +862,7 @@ def parse_flags(argv: list[str] | None):
     cfg = parser.parse_args(argv)
     for name, low in ("shard_size", 2), ("max_tokens", 1), ("num_workers", 1):
         value = getattr(cfg, name)
-        if value is not None and value < low:
+        if value is not None and not low <= value < 2**63:
             raise UserError(f"--{name} {value} is not a number of at least {low}")
     if sum(map(bool, (cfg.dataset, cfg.files, cfg.pretokenized))) > 1:
         raise UserError("--dataset, --files and --pretokenized exclude each other; give one")
