@@ -287,7 +287,8 @@ def read_manifest(folder: Path) -> dict:
         return dict(encoding=encoding, vocab_size=ENCODINGS[encoding])
     with user_error(f"{path} is no manifest of token shards", "make the data again"):
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if type(manifest["encoding"]) is not str or manifest["vocab_size"] not in range(1, 65537):
+        encoding, V = manifest["encoding"], manifest["vocab_size"]
+        if type(encoding) is not str or type(V) is not int or not 0 < V <= 65536:
             raise ValueError("no encoding, or no vocab_size of up to 65536")
         return manifest
 
@@ -375,7 +376,6 @@ def encode_prompt(encoding, prompt, block_size) -> list[int]:
     return tokens
 
 def print_samples(model: GPT2, encoding, cfg, prompt, seed):
-    """Print continuations of a prompt."""
     device = model.lm_head.weight.device
     tokens = encode_prompt(encoding, prompt, model.config.block_size)
     idx = torch.tensor([tokens] * cfg.num_samples, device=device)
@@ -399,8 +399,7 @@ def choose_device(name: str | None) -> torch.device:
     found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     found += ["mps"] * (torch.mps.device_count() // WORLD_SIZE) + ["cpu"]
     require(WORLD_SIZE == 1 or ":" not in (name or ""), f"--device {name} is one for all ranks")
-    mine = name or found[0]
-    mine = f"cuda:{LOCAL_RANK}" if mine in ("cuda", "cuda:0") else mine
+    mine = re.sub("^cuda(:0)?$", f"cuda:{LOCAL_RANK}", name or found[0])
     require(mine in found, f"--device {mine} is not there; found {found}")
     if mine.startswith("cuda"):
         torch.cuda.set_device(mine)
@@ -616,7 +615,8 @@ def load_checkpoint(path: Path) -> dict:
     with user_error(f"{path} can't be read as a checkpoint", "choose another"):
         damaged = zipfile.ZipFile(path).testzip()  # torch.load compares no checksums
         state = dict(torch.load(path, "cpu", weights_only=True, mmap=str(path).isprintable()))
-        if damaged or state.get("format") not in (1, 2) or state["step"] not in range(2**63):
+        step, known = state.get("step"), state.get("format") in (1, 2)
+        if damaged or not known or type(step) is not int or step < 0:
             raise ValueError("damaged, or another program's")
         config_of(state["config"], state["model"])
         return state

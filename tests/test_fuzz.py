@@ -50,7 +50,7 @@ def check_hellaswag(examples):
 def check_checkpoint(state):
     """Its sizes are those of its weights, so that a model of them can be built and asked."""
     load_weights(GPT2(GPT2Config(**state["config"])), state["model"], "it")
-    assert state["step"] >= 0
+    assert type(state["step"]) is int and state["step"] >= 0
 
 
 def write_bin(path):
@@ -167,6 +167,7 @@ FIELDS = st.sampled_from(["format", "step", "config", "model"])
 
 @settings(fuzz, max_examples=50)
 @given(FIELDS, JUNK, st.text(max_size=9), st.booleans())
+@example("step", 5.0, "", False)
 def test_checkpoint_with_other_values(tmp_path, field, value, key, gone):
     path = tmp_path / "file.pt"
     write_checkpoint(path)

@@ -196,9 +196,10 @@ def test_llmc_header_counts_under_nanogpt_s_name_too(here, capsys):
         assert_one_error(here, capsys, [], "train.bin has a wrong header")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"encoding": "bytes"}', '{"encoding": [], "vocab_size": 257}', "\xff"]
-)
+@pytest.mark.parametrize("text", [
+    "", "[]", "{}", "\xff", '{"encoding": "bytes"}', '{"encoding": [], "vocab_size": 257}',
+    '{"encoding": "my", "vocab_size": 257.0}',
+])  # fmt: skip
 def test_manifest_that_is_none(here, capsys, text):
     (here / "data/manifest.json").write_bytes(text.encode("latin-1"))
     assert_one_error(here, capsys, [], "manifest.json")
