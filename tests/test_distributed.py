@@ -173,8 +173,9 @@ def test_sigterm_to_all_which_torchrun_sends_once_more_and_a_screen_that_is_gone
 
         def slow(t, cfg):
             if t == 7:
-                print("waiting", os.getpid(), flush=True)
-                time.sleep(2)
+                os.write(1, b"waiting %d\\n" % os.getpid())  # at once: the other rank writes, too
+                while not os.path.exists("signalled"):
+                    time.sleep(0.01)
             return get_lr(t, cfg)
         get_lr, train_gpt2.get_lr = train_gpt2.get_lr, slow
         sys.exit(train_gpt2.main())
@@ -185,12 +186,14 @@ def test_sigterm_to_all_which_torchrun_sends_once_more_and_a_screen_that_is_gone
     how = dict(cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with subprocess.Popen([*launcher, *run], **how) as process:
         pids = []
-        while len(pids) < 2:
-            pids += re.findall(r"waiting (\d+)", process.stdout.readline())
+        while len(pids) < 2 and (line := process.stdout.readline()):
+            pids += re.findall(r"waiting (\d+)", line)
+        assert len(pids) == 2
         process.stdout.close()
         process.stderr.close()
         for pid in *pids, process.pid:
             os.kill(int(pid), signal.SIGTERM)
+        (here / "signalled").touch()
         process.wait(timeout=120)
     assert (here / "log/model_00008.pt").exists() and max(read_log("log")["train"]) == 7
 
