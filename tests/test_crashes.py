@@ -1,9 +1,9 @@
 """Nothing is lost: real processes are stopped, killed and starved at every point, and end where an
 untouched one ends.
 
-Most tests here run in a Python process of their own, which forks the runs it needs: torch is
-imported once a test, and a run can be made to meet its end at a chosen point. What is forked gets
-real signals and writes real files.
+Most tests here run in a process of their own, which forks the runs it needs: torch is imported
+once, and a run can be made to meet its end at a chosen point. What is forked gets real signals and
+writes real files.
 """
 
 import functools
@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo  # what the optimiser would import in each fork anew
-from conftest import PROGRAM, TINY, python, read_log, torchrun
+from conftest import PROGRAM, TINY, read_log, torchrun
 
 import fineweb
 import train_gpt2
@@ -35,14 +35,44 @@ OFTEN = [*RUN, "--val_every=3", "--val_tokens=100", "--checkpoint_every=4"]
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and POSIX signals")
 
 
+@pytest.fixture(scope="module")
+def server():
+    """A process that has imported torch, has not used it yet, and forks for each test."""
+    path = os.pathsep.join([str(Path(__file__).parent), str(PROGRAM.parent)])
+    how = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", f"import {__name__} as tests; tests.serve()"]
+    with subprocess.Popen(command, env=dict(os.environ, PYTHONPATH=path), **how) as process:
+        yield process
+
+
+def serve():
+    for line in sys.stdin:
+        name, folder = line.rstrip("\n").split(" ", 1)
+        if os.fork() == 0:
+            signal.alarm(300)
+            os.chdir(folder)
+            output = os.open(f"{folder}.txt", os.O_WRONLY | os.O_CREAT)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            globals()[name].body()
+            leave(0)
+        print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+
+
+def leave(code):
+    """End this process, without the second that Python takes to clear away all of torch."""
+    sys.stdout.flush()
+    os._exit(code)
+
+
 def apart(test):
-    """Run a test's body in a Python process of its own, in a folder with data/."""
+    """Run a test's body in a process of its own, in a folder with data/."""
 
     @needs_fork
-    def in_process(here):
-        program = f"import {__name__} as tests; tests.{test.__name__}.body()"
-        path = os.pathsep.join([str(Path(__file__).parent), str(PROGRAM.parent)])
-        python("-c", program, cwd=here, env=dict(PYTHONPATH=path))
+    def in_process(here, server):
+        print(test.__name__, here, file=server.stdin, flush=True)
+        code = server.stdout.readline()
+        assert code == "0\n", Path(f"{here}.txt").read_text()
 
     in_process.__name__, in_process.__doc__, in_process.body = test.__name__, test.__doc__, test
     return in_process
@@ -68,7 +98,7 @@ class Run:
             except Exception:
                 traceback.print_exc()
                 code = 99
-            sys.exit(code)
+            leave(code)
         os.close(writer)
         self.output = os.fdopen(reader, errors="replace")
 
@@ -454,8 +484,8 @@ def fail(error):
 
 def job(trouble, *argv, cwd, options=()):
     """Start a torchrun job of two processes, with trouble ahead."""
-    program = DRIVER + textwrap.dedent(trouble) + "\nsys.exit(train_gpt2.main())\n"
-    (cwd / "driver.py").write_text(program)
+    end = "\ncode = train_gpt2.main()\nsys.stdout.flush()\nos._exit(code)\n"
+    (cwd / "driver.py").write_text(DRIVER + textwrap.dedent(trouble) + end)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     # Restarted workers may read the addresses of those before them (pytorch/pytorch#135712)
     env = dict(os.environ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
@@ -481,15 +511,13 @@ def test_torchrun_brings_killed_workers_back_and_they_end_like_untouched_ones(he
         if RESTART == {KILLS}:
             trap(train_gpt2.GPT2, "forward", 20, lambda: train_gpt2.say("now"))
     """
-    for signum, restarts in (signal.SIGTERM, KILLS), (signal.SIGINT, 0):
-        options = [f"--max_restarts={restarts}"]
-        process = job(trouble, *run, "--log_dir=parts", cwd=here, options=options)
-        while (line := process.stdout.readline()) and not line.startswith("now"):
-            pass
-        process.send_signal(signum)  # torchrun passes it on
-        output, errors = process.communicate(timeout=240)
-        assert "stopped after" in output, output + errors
-        trouble = 'trap(train_gpt2.GPT2, "forward", 9, lambda: train_gpt2.say("now"))'
+    options = [f"--max_restarts={KILLS}"]
+    process = job(trouble, *run, "--log_dir=parts", cwd=here, options=options)
+    while (line := process.stdout.readline()) and not line.startswith("now"):
+        pass
+    process.send_signal(signal.SIGINT)  # torchrun passes it on
+    output, errors = process.communicate(timeout=240)
+    assert "stopped after" in output, output + errors
     assert job("", *run, "--log_dir=parts", cwd=here).wait(timeout=240) == 0
     assert_same(here / "whole", here / "parts")
 

@@ -30,7 +30,7 @@ def alone(tmp_path_factory):
     """The run of a single process, to be compared with."""
     folder = tmp_path_factory.mktemp("alone")
     write_shards(folder / "data")
-    python(PROGRAM, *RUN, "--log_dir", "log", cwd=folder)
+    assert main([*RUN, "--data", f"{folder}/data", "--log_dir", f"{folder}/log"]) == 0
     return folder / "log"
 
 
