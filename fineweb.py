@@ -81,10 +81,11 @@ def keep_printing() -> None:
             setattr(sys, name, io.TextIOWrapper(Screen(stream), **how))
 
 def say(message: str) -> None:
-    """Print a line, above the progress bar if there is one."""
+    """Print a line, above the progress bar if there is one. What can't be printed is lost."""
     from tqdm import tqdm
 
-    tqdm.write(message)
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a closed pipe, no screen
+        tqdm.write(message)
 
 def some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", …" if names[5:] else "")
