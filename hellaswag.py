@@ -224,8 +224,8 @@ def read_model(what: str, config_of) -> tuple:
     try:
         config, weights = read_folder(path) if path.is_dir() else read_nanogpt(path)
         sizes = {size: config[size] for size in SIZES}
-        # Someone else's padding of GPT-2's vocabulary, or of bytes, goes
-        sizes["vocab_size"] = {50304: 50257, 384: 257}.get(sizes["vocab_size"], sizes["vocab_size"])
+        if sizes["vocab_size"] == 50304:  # GPT-2's, padded
+            sizes["vocab_size"] = 50257
         masks = (".attn.bias", ".attn.masked_bias")  # causal ones, in older files
         weights = {name: w for name, w in weights.items() if not name.endswith(masks)}
         return config_of(sizes, weights), weights
@@ -270,23 +270,28 @@ def read_nanogpt(file: Path) -> tuple[dict, dict]:
         state = dict(torch.load(file, "cpu", weights_only=True, mmap=str(file).isprintable()))
     if "model" not in state:
         raise ValueError("a bare state dict, without the sizes of its model")
-    weights = {name.removeprefix("_orig_mod."): w for name, w in state["model"].items()}
+    wrapped = r"^((_orig_mod|module)\.)+"  # by torch.compile, by DDP
+    weights = {re.sub(wrapped, "", name): w for name, w in state["model"].items()}
+    weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
     if "transformer.ln_f.bias" not in weights:
         raise ValueError("nanoGPT checkpoint without biases: not a GPT-2")
     if not weights["lm_head.weight"].equal(weights["transformer.wte.weight"]):
         raise ValueError("its output head is not its embedding: not a GPT-2")
     return state["model_args"] if "model_args" in state else vars(state["config"]), weights
 
-def write_model(folder: Path, sizes: dict, weights: dict) -> None:
-    """Write a folder for transformers, with the tokenizer if it has one. Raises UserError."""
+def write_model(folder: Path | str, sizes: dict, weights: dict) -> str:
+    """Write a folder for transformers, with the tokenizer if it has one -> a report. Raises
+    UserError."""
     from safetensors.torch import save_file
 
-    V, T, state = sizes["vocab_size"], sizes["block_size"], {}
+    folder, V, T, state = Path(folder), sizes["vocab_size"], sizes["block_size"], {}
     for name, value in weights.items():
         value = value[:V] if name == "transformer.wte.weight" else value  # without padding
         state[name] = (value.t() if name.endswith(TRANSPOSED) else value).contiguous()
     state.pop("lm_head.weight")  # the embedding once more
-    endoftext = 50256 if V in GPT2_TOKENS else V - 1
+    by_size = "gpt2" if V in GPT2_TOKENS else "bytes" if V == 257 else None
+    encoding = by_size if sizes.get("encoding") in (None, by_size) else None  # is unknown
+    endoftext = dict(gpt2=50256, bytes=256).get(encoding)
     special = dict(bos_token_id=endoftext, eos_token_id=endoftext)
     config = dict(
         PUBLISHED, **special, architectures=["GPT2LMHeadModel"], vocab_size=V,
@@ -295,12 +300,14 @@ def write_model(folder: Path, sizes: dict, weights: dict) -> None:
     )  # fmt: skip
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--export {folder} is there already; choose another folder")
-    files = {"config.json": config, "generation_config.json": special}
+    generation = dict(special, max_length=T)  # transformers would go on beyond the context
+    files = {"config.json": config, "generation_config.json": generation}
     files = {name: json.dumps(content, indent=2).encode() for name, content in files.items()}
+    report = f"{folder}: {sum(w.numel() for w in state.values()):,} parameters, for transformers"
     try:
-        files |= tokenizer_files(V, T)
+        files |= tokenizer_files(encoding, T)
     except UserError as error:
-        print(f"{folder} gets no tokenizer: {error}")
+        report = f"{folder} gets no tokenizer: {error}\n{report}"
     partial = folder.absolute().with_name(f".{folder.name}.tmp")  # it appears whole or not at all
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -312,14 +319,14 @@ def write_model(folder: Path, sizes: dict, weights: dict) -> None:
     except Exception as error:  # of the disk, or of safetensors
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"--export {folder} can't be written ({error}); choose another") from error
-    print(f"{folder}: {sum(w.numel() for w in state.values()):,} parameters, for transformers")
+    return report
 
-def tokenizer_files(vocab_size: int, block_size: int) -> dict[str, bytes]:
+def tokenizer_files(encoding: str | None, block_size: int) -> dict[str, bytes]:
     """What transformers' GPT2Tokenizer reads, by name. Raises UserError for other tokens."""
     from tiktoken.load import read_file_cached
 
-    if vocab_size not in GPT2_TOKENS:
-        raise UserError(f"transformers has one for GPT-2's tokens, not for these {vocab_size}")
+    if encoding != "gpt2":
+        raise UserError("transformers has one for GPT-2's tokens, not for these")
     config = dict(tokenizer_class="GPT2Tokenizer", model_max_length=block_size)
     get_encoding("gpt2")  # its files are there, or this says why not
     merges, vocab = map(read_file_cached, gpt2_files(), SHA256)
@@ -340,9 +347,11 @@ def parse_flags(argv: list[str] | None):
     for name, low in ("limit", 1), ("show", 0):
         if (value := getattr(args, name)) is not None and value < low:
             raise UserError(f"--{name} {value} is not a number of at least {low}")
+    if args.model == "scratch":
+        raise UserError("--model scratch has no weights; name a model")
     if args.show and args.model is None:
         raise UserError("--show needs a model to show the choices of; see --model")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if (os.environ.get("WORLD_SIZE") or "1") != "1":
         raise UserError("hellaswag.py runs as one process; start it without torchrun")
     return args
 

@@ -58,7 +58,7 @@ def flag(default, help, kind=None, low=None, choices=None):
 
 @dataclass
 class GPT2Config:
-    vocab_size: int = 50257  # 50,000 merges, 256 bytes, <|endoftext|>; the data say
+    vocab_size: int = 50257  # 50,000 merges, 256 bytes, <|endoftext|>
     n_layer: int = flag(12, "transformer blocks", low=1)
     n_head: int = flag(12, "attention heads", low=1)
     n_embd: int = flag(768, "channels of the residual stream", low=1)
@@ -66,6 +66,7 @@ class GPT2Config:
     pad_vocab: bool = flag(True, "vocabulary in multiples of 128: faster")
     attention: str | None = flag(None, "(auto: faster)", str, choices=("flash", "manual"))
     activation_checkpointing: bool = flag(False, "to save memory: slower")
+    encoding: str | None = None  # this and vocab_size are the data's
     @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // 128) * 128 if self.pad_vocab else self.vocab_size
@@ -499,26 +500,25 @@ class Run:
         self.scaler = torch.amp.GradScaler(kind, enabled=cfg.dtype == "fp16")
         self.step, self.val_loss = 0, None  # steps done before; the last validation's
     def open_data(self):
-        """Open the shards and what else the flags ask for."""
         cfg, folder, self.encoding, self.questions = self.cfg, Path(self.cfg.data), None, None
         manifest = read_manifest(folder)
-        encoding, cfg.vocab_size = manifest["encoding"], manifest["vocab_size"]
-        if ENCODINGS.get(encoding) != cfg.vocab_size:
-            say(f"no samples, no HellaSwag: fineweb.py has no encoding {encoding!r} of this size")
-            encoding = None
-        if encoding and cfg.sample_every:
+        cfg.encoding, cfg.vocab_size = manifest["encoding"], manifest["vocab_size"]
+        known = ENCODINGS.get(cfg.encoding) == cfg.vocab_size
+        if not known:
+            say(f"no samples, no HellaSwag: no known encoding is {cfg.encoding!r} and of this size")
+        if known and cfg.sample_every:
             try:
-                self.encoding = sibling("fineweb", "get_encoding", encoding)
+                self.encoding = sibling("fineweb", "get_encoding", cfg.encoding)
             except (ImportError, UserError) as error:
                 say(f"no samples: {error}")
         if self.encoding:
             encode_prompt(self.encoding, cfg.prompt, cfg.block_size)
-        if encoding == "gpt2" and cfg.hellaswag_every:
-            there = HELLASWAG_FILE.exists() and Path(__file__).with_name("hellaswag.py").exists()
-            if sum_over_ranks([there], self.device)[0] == WORLD_SIZE:
-                self.questions = sibling("hellaswag", "read_questions", HELLASWAG_FILE)
-            else:
-                say(f"no HellaSwag: no {HELLASWAG_FILE}; python hellaswag.py makes it")
+        asked = known and cfg.encoding == "gpt2" and cfg.hellaswag_every > 0
+        there = HELLASWAG_FILE.exists() and Path(__file__).with_name("hellaswag.py").exists()
+        if sum_over_ranks([asked and there], self.device)[0] == WORLD_SIZE:
+            self.questions = sibling("hellaswag", "read_questions", HELLASWAG_FILE)
+        elif asked:
+            say(f"no HellaSwag: no {HELLASWAG_FILE}; python hellaswag.py makes it")
         if folder == DEMO_DATA and not folder.exists() and LOCAL_RANK == 0:
             sibling("fineweb", "write_demo_data", folder)
         sum_over_ranks([0], self.device)  # the others wait
@@ -604,7 +604,7 @@ def initial_model(cfg: TrainConfig) -> GPT2:
 def foreign(path: Path) -> bool:
     """Whether it is another program's: build-nanogpt's are called as ours."""
     with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
-        return b"format" not in archive.open(archive.namelist()[0]).read(2**20)
+        return b"\6\0\0\0format" not in archive.open(archive.namelist()[0]).read(2**20)
 
 def checkpoints(log_dir: Path) -> dict:
     paths = [path for path in log_dir.glob("model_*.pt") if path.stem[6:].isdecimal()]
@@ -720,7 +720,7 @@ class Progress:
             figures, copied = figures.to("cpu", non_blocking=True), torch.cuda.Event()
             copied.record()
         self.unread = t, lr, figures, copied
-        if self.stopping or self.run.device.type == "cpu":
+        if self.stopping or copied is None:
             self.read()
     def read(self):
         if self.unread is None:
@@ -885,7 +885,7 @@ def parse_flags(argv: list[str] | None) -> TrainConfig:
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         low = flags[name].metadata["low"]  # and nan is not
-        require(low is None or low <= value < 2**63, f"--{name} {value} is not at least {low}")
+        require(low is None or low <= value < 2**63, f"--{name} {value} is not from {low} to 2^63")
         require(value != "" or name in ("prompt", "generate"), f"--{name} is empty; leave it out")
     demo = "data" not in given and not find_shards(FINEWEB_DATA, "train")
     if demo and not {"generate", "export"} & given.keys():
@@ -910,17 +910,17 @@ def use(cfg: TrainConfig) -> int:
         config, weights = cfg.loaded
     model = load_weights(GPT2(replace(config, attention=cfg.attention)), weights, where)
     if cfg.export is not None and RANK == 0:
-        sibling("hellaswag", "write_model", Path(cfg.export), asdict(config), model.state_dict())
+        say(sibling("hellaswag", "write_model", cfg.export, asdict(config), model.state_dict()))
     if cfg.generate is not None:
-        names = [name for name, V in ENCODINGS.items() if V <= config.vocab_size < 1.001 * V]
-        require(names, f"no encoding has the {config.vocab_size} tokens of {where}")
-        encoding = sibling("fineweb", "get_encoding", names[0])
+        fits = [name for name, V in ENCODINGS.items() if V <= config.vocab_size < 1.001 * V]
+        name = config.encoding or [*fits, f"of {config.vocab_size} tokens"][0]
+        encoding = sibling("fineweb", "get_encoding", name)
         print_samples(model.to(device), encoding, cfg, cfg.generate, cfg.seed)
     return 0
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        told = WORLD_SIZE == 1 or {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+        told = WORLD_SIZE == 1 or all(map(os.environ.get, ("RANK", "MASTER_ADDR", "MASTER_PORT")))
         require(told and 0 <= RANK < WORLD_SIZE, "RANK or WORLD_SIZE is wrong; see torchrun")
         cfg = parse_flags(argv)
         return train(cfg) if cfg.generate is None and cfg.export is None else use(cfg)

@@ -148,6 +148,7 @@ def test_what_a_user_gets_wrong_is_said_once(here):
 
 def test_ranks_that_see_different_data_stop_before_they_train(here):
     write_shards(here / "other1", lengths=(200, 3000, 1793))
+    (here / "other1/manifest.json").unlink()  # so HellaSwag's questions are for one of them only
     (here / "data").rename(here / "other0")
     (here / "driver.py").write_text(
         textwrap.dedent(f"""
@@ -157,7 +158,8 @@ def test_ranks_that_see_different_data_stop_before_they_train(here):
         sys.exit(train_gpt2.main(["--data", "other" + os.environ["RANK"], *sys.argv[1:]]))
         """)
     )
-    done = torchrun("driver.py", *TINY, "--log_dir", "log", cwd=here, check=False)
+    flags = ["--hellaswag_every=5", "--log_dir=log"]
+    done = torchrun("driver.py", *TINY, *flags, cwd=here, check=False)
     assert done.returncode != 0 and "| loss" not in done.stdout
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "do not see the same data" in errors[0], done.stderr
@@ -205,6 +207,7 @@ def test_variables_that_are_not_torchrun_s_are_one_error_each(here):
         dict(RANK="1", WORLD_SIZE="1"), dict(RANK="1", WORLD_SIZE=""), dict(WORLD_SIZE="0"),
         dict(RANK="0", WORLD_SIZE="2"),
         dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"),
+        dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="", MASTER_PORT="29500"),
     ]  # fmt: skip
     program = f"""
 import os, runpy, sys

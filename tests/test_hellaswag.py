@@ -361,7 +361,7 @@ def test_importing_does_nothing(tmp_path, file, also):
 
 def test_as_a_program_it_shows_progress_and_ends_with_the_score(folder):
     argv = ["--file", "q.jsonl", "--model", "hf", "--device", "cpu"]
-    done = python(ROOT / "hellaswag.py", *argv, cwd=folder)
+    done = python(ROOT / "hellaswag.py", *argv, cwd=folder, env=dict(WORLD_SIZE=""))
     score = r"hellaswag \| 12 examples \| acc [\d.]+ \| acc_norm [\d.]+"
     assert re.fullmatch(score, done.stdout.splitlines()[-1])
 
@@ -454,6 +454,7 @@ WRONG = {
     "no questions": ("--file empty.jsonl", "no questions"),
     "no such model": ("--file q.jsonl --model gpt3", "gpt3 is no model"),
     "the demo model": ("--file q.jsonl --model demo", "demo is no model"),
+    "no weights": ("--file q.jsonl --model scratch", "scratch has no weights"),
     "a model that is none": ("--file q.jsonl --model q.jsonl", "q.jsonl"),
     "a model of bytes": ("--file q.jsonl --model bytes --device cpu", "vocabulary of 257"),
     "limit 0": ("--limit 0", "--limit 0"),

@@ -16,6 +16,7 @@ import torch
 from conftest import PROGRAM, TINY, python, read_log, write_hellaswag, write_shards
 from torch.overrides import TorchFunctionMode
 
+import fineweb
 import hellaswag
 import train_gpt2
 from train_gpt2 import GPT2, GPT2Config, TrainConfig, get_lr, main
@@ -391,10 +392,11 @@ def test_the_trainer_alone_in_a_folder_trains_on_shards(here):
 
 
 def test_shards_of_any_vocabulary_train(here, capsys):
-    """Samples and HellaSwag are left out, in one line."""
+    """Samples and HellaSwag are left out, in one line; an export has no tokenizer."""
     folder, every = here / "own", ["--sample_every=2", "--hellaswag_every=2", "--val_every=2"]
     folder.mkdir()
-    for V, encoding in (2**16, "my own"), (300, "gpt2"), (60, "bytes"):
+    sizes = dict(gpt2=300, bytes=60, my=2**16, german=50257, letters=257)
+    for encoding, V in sizes.items():
         for split in ("train", "val"):
             tokens = np.arange(500) * 7919 % V
             np.save(folder / f"my_{split}_000000.npy", tokens.astype(np.uint16))
@@ -409,8 +411,13 @@ def test_shards_of_any_vocabulary_train(here, capsys):
         assert "no samples, no HellaSwag" in said[0] and repr(encoding) in said[0]
         assert "resuming" in out and len(losses(encoding)) == 4
         assert load(f"{encoding}/model_00004.pt")["config"]["vocab_size"] == V
-    assert main(["--generate=x", "--log_dir=my own", "--device=cpu"]) == 2
-    assert capsys.readouterr().err.count("error: no encoding has the 65536 tokens") == 1
+        assert main([f"--export={V}", f"--log_dir={encoding}", "--device=cpu"]) == 0
+        assert "gets no tokenizer" in capsys.readouterr().out
+        assert len(list((here / str(V)).iterdir())) == 3
+        assert json.loads((here / f"{V}/config.json").read_text())["eos_token_id"] is None
+        if encoding not in train_gpt2.ENCODINGS:
+            assert main(["--generate=x", f"--log_dir={encoding}", "--device=cpu"]) == 2
+            assert f"error: unknown encoding {encoding}; there are" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stdout", [io.StringIO(), None])
@@ -429,12 +436,15 @@ def test_what_a_stdout_can_not_encode_is_replaced(here, monkeypatch):
     stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", stdout)
     samples = ["--sample_every=20", "--prompt=né", "--num_samples=1"]
-    assert main([*RUN, "--log_dir=dä ta", *samples]) == 0
+    assert main([*RUN, "--log_dir=dä ta", "--checkpoint_every=20", *samples]) == 0
+    assert main(["--log_dir=dä ta", "--export=pö", "--device=cpu"]) == 0
+    fineweb.say("what is said while the trainer asks, é, is lost at worst")
     with pytest.raises(SystemExit):
         main(["--help"])
     stdout.flush()
     text = stdout.buffer.getvalue().decode("ascii")
     assert "8 sequences ? 16 tokens" in text and "d? ta" in text and "--- sample 0\nn?" in text
+    assert "p?: 34,208 parameters" in text
     assert "--init_from" in text
 
 
