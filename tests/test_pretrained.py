@@ -350,7 +350,7 @@ NOT_GPT2 = {
     "another head": (untied, "its output head is not its embedding: not a GPT-2"),
     "a bare state dict": (bare, "a bare state dict, without the sizes"),
     "a bare tensor": (tensor, "tensor.pt can't be read"),
-    "code": (hostile, "hostile.pt can't be read"),
+    "code": (hostile, "hostile.pt can't be read as GPT-2 (UnpicklingError: Trying to load"),
     "code in a folder": (hostile_folder, "old can't be read"),
 }
 
