@@ -37,7 +37,7 @@ import time
 import zlib
 from array import array
 from collections import deque
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, wait
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -49,6 +49,7 @@ PRETOKENIZED = "kjj0/finewebedu10B-gpt2"
 PIECE = 2**20  # bytes of text a task: 100 ms of work, beside which sending it costs nothing
 BLOCK = 2**23  # bytes asked of the hub at a time
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+pthread_sigmask = getattr(signal, "pthread_sigmask", None)  # nor this
 
 class UserError(ValueError):
     """Something the person at the keyboard can put right: one `error:` line and exit code 2."""
@@ -211,8 +212,40 @@ def start_worker(encoding) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(HANGUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if pthread_sigmask:
+        pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # see start_pool
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+@contextlib.contextmanager
+def start_pool(num_workers: int, encoding):
+    """Processes that tokenise. Signals wait until they are there: what a handler raises while
+    Python forks is lost."""
+    pool = ProcessPoolExecutor(num_workers, initializer=start_worker, initargs=(encoding,))
+    stops = {signal.SIGINT, signal.SIGTERM, HANGUP}
+    before = pthread_sigmask and pthread_sigmask(signal.SIG_BLOCK, stops)
+    try:
+        try:
+            pool.submit(int).result()
+        finally:
+            if pthread_sigmask:
+                pthread_sigmask(signal.SIG_SETMASK, before)
+        yield pool
+    finally:
+        # The pool would wait for the rest of a result whose writer was killed, as long as anyone
+        # could write it
+        for worker in [*pool._processes.values()]:
+            worker.kill()
+        pool._result_queue._writer.close()
+        pool.shutdown(cancel_futures=True)
+
+def result_of(future, pool):
+    """What a task returns. Raises BrokenExecutor where a worker was killed, which the pool itself
+    does not see if half a result of it arrived."""
+    while not wait([future], timeout=1).done:
+        if not all(worker.is_alive() for worker in [*pool._processes.values()]):
+            raise BrokenExecutor
+    return future.result()
 
 def tokenize_all(pool, pieces, num_workers: int):
     """(cursor, share of the source, tokens, counts) of each piece, in order. As much is under way
@@ -225,9 +258,9 @@ def tokenize_all(pool, pieces, num_workers: int):
         while len(waiting) > 8 * num_workers or under_way > 8 * num_workers * PIECE:
             cursor, share, size, future = waiting.popleft()
             under_way -= size
-            yield cursor, share, *future.result()
+            yield cursor, share, *result_of(future, pool)
     for cursor, share, _, future in waiting:
-        yield cursor, share, *future.result()
+        yield cursor, share, *result_of(future, pool)
 
 # === The network ===
 def download(what: str, fetch, help="the same command goes on from here", patience: float = 20):
@@ -696,9 +729,7 @@ def prepare(cfg) -> None:
     manifest["vocab_size"] = encoding.n_vocab
     with contextlib.ExitStack() as stack:
         # Workers before the source: a process should fork while it has no threads
-        pool = ProcessPoolExecutor(cfg.num_workers, initializer=start_worker, initargs=(encoding,))
-        stack.callback(pool.shutdown, cancel_futures=True)
-        pool.submit(int).result()
+        pool = stack.enter_context(start_pool(cfg.num_workers, encoding))
         start = time.perf_counter()
         if not files:
             manifest["files"] = manifest.get("files") or hub_files(cfg.dataset, cfg.name)

@@ -17,6 +17,7 @@ import sys
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import numpy as np
@@ -116,6 +117,7 @@ class InlinePool:
 
     def __init__(self, num_workers, initializer=None, initargs=()):
         fineweb.ENCODING = initargs[0]
+        self._processes, self._result_queue = {}, SimpleNamespace(_writer=io.BytesIO())
 
     def submit(self, function, *args):
         future = Future()
@@ -226,6 +228,8 @@ def test_demo_data_are_the_standard_library_in_bytes(tmp_path):
     assert Path(argparse.__file__).read_bytes() in texts
     assert [p.name for p in tmp_path.iterdir()] == ["python_stdlib"]
 
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 # --------------------------------------------------------------------------------------------------
 # The same bytes
@@ -915,6 +919,43 @@ def test_a_killed_worker_is_an_error_not_a_hang(tmp_path):
     )
     done = python("-c", script, "--files", "a.jsonl", "--encoding=bytes", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "error: a worker was killed" in done.stderr
+
+
+@needs_fork
+@pytest.mark.parametrize("stopped, code", [("", 2), ("os.kill(os.getppid(), signal.SIGTERM)", 143)])
+def test_a_worker_killed_in_the_middle_of_its_result_is_no_hang(stopped, code, tmp_path):
+    (tmp_path / "a.txt").write_text("some words " * 500_000)
+    script = (
+        f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb\n"
+        "import multiprocessing.connection; multiprocessing.set_start_method('fork')\n"
+        "def send(connection, data, write=os.write):\n"
+        "    if multiprocessing.parent_process() and len(data) > 2**16:\n"
+        "        write(connection.fileno(), data[:1000])\n"
+        f"        {stopped or 'pass'}\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    while data: data = data[write(connection.fileno(), data) :]\n"
+        "multiprocessing.connection.Connection._send = send\n"
+        "sys.exit(fineweb.main(sys.argv[1:]))"
+    )
+    how = dict(cwd=tmp_path, check=False, timeout=20)
+    done = python("-c", script, "--files", "a.txt", "--encoding=bytes", "--num_workers=2", **how)
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert ("error: a worker was killed" in done.stderr) == (code == 2)
+
+
+@needs_fork
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_middle_of_a_fork_is_not_lost(signum, tmp_path):
+    (tmp_path / "a.txt").write_text("some words " * 10)
+    script = (
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb\n"
+        "import multiprocessing; multiprocessing.set_start_method('fork')\n"
+        f"os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), {int(signum)}))\n"
+        "sys.exit(fineweb.main(sys.argv[1:]))"
+    )
+    done = python("-c", script, "--files", "a.txt", "--encoding=bytes", cwd=tmp_path, check=False)
+    assert done.returncode == 128 + signum and "Exception ignored" not in done.stderr, done.stderr
+    assert not (tmp_path / "edu_fineweb10B").exists()
 
 
 # --------------------------------------------------------------------------------------------------
