@@ -37,7 +37,7 @@ import time
 import zlib
 from array import array
 from collections import deque
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, wait
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -49,6 +49,7 @@ PRETOKENIZED = "kjj0/finewebedu10B-gpt2"
 PIECE = 2**20  # bytes of text a task: 100 ms of work, beside which sending it costs nothing
 BLOCK = 2**23  # bytes asked of the hub at a time
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+pthread_sigmask = getattr(signal, "pthread_sigmask", None)  # nor this
 
 class UserError(ValueError):
     """Something the person at the keyboard can put right: one `error:` line and exit code 2."""
@@ -139,10 +140,11 @@ ENCODINGS = {"gpt2": gpt2_encoding, "bytes": byte_encoding}
 
 # === Workers: text in, tokens out ===
 # Where text can be cut without changing its tokens: GPT-2's pattern never joins white space to a
-# character before it, nor a digit to a letter, so a token ends here whatever the context. ASCII
-# alone, lest it cut a character in two. Not after a `>`: it may be the end of SEPARATOR, to which
-# white space around it belongs.
-CUT = re.compile(rb"(?<=[!-=?-~])\s|(?<=[A-Za-z])[0-9]")
+# character before it, nor a digit to a letter, so a token ends here whatever the context. Before
+# ASCII alone, lest it cut a character in two. Not after a `>`: it may be the end of SEPARATOR, to
+# which white space around it belongs. Nor after white space, which beyond ASCII has many forms.
+NOT_SPACE = b"".join(b"(?<!%b)" % chr(i).encode() for i in range(128, 2**14) if chr(i).isspace())
+CUT = re.compile(rb"(?=\s)(?<=[!-=?-~\x80-\xbf])" + NOT_SPACE + rb"|(?<=[A-Za-z])[0-9]")
 SEPARATOR = b"<|endoftext|>"
 BEFORE_SEPARATOR = re.compile(rb"(?=<\|endoftext\|>)")
 
@@ -211,8 +213,38 @@ def start_worker(encoding) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(HANGUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if pthread_sigmask:
+        pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # see start_pool
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+@contextlib.contextmanager
+def start_pool(num_workers: int, encoding):
+    """Processes that tokenise. Signals wait until they are there: what handlers raise in the middle
+    of a fork is lost."""
+    pool = ProcessPoolExecutor(num_workers, initializer=start_worker, initargs=(encoding,))
+    stops = {signal.SIGINT, signal.SIGTERM, HANGUP}
+    before = pthread_sigmask and pthread_sigmask(signal.SIG_BLOCK, stops)
+    try:
+        try:
+            pool.submit(int).result()
+        finally:
+            if pthread_sigmask:
+                pthread_sigmask(signal.SIG_SETMASK, before)
+        yield pool
+    finally:
+        for worker in [*pool._processes.values()]:
+            worker.kill()
+        pool._result_queue._writer.close()  # else it waits for the rest of a result cut short
+        pool.shutdown(cancel_futures=True)
+
+def result_of(future, pool):
+    """What a task returns. Raises BrokenExecutor when a worker was killed: in the middle of its
+    result, too, which a pool does not notice."""
+    while not wait([future], timeout=1).done:
+        if not all(worker.is_alive() for worker in [*pool._processes.values()]):
+            raise BrokenExecutor
+    return future.result()
 
 def tokenize_all(pool, pieces, num_workers: int):
     """(cursor, share of the source, tokens, counts) of each piece, in order. As much is under way
@@ -225,9 +257,9 @@ def tokenize_all(pool, pieces, num_workers: int):
         while len(waiting) > 8 * num_workers or under_way > 8 * num_workers * PIECE:
             cursor, share, size, future = waiting.popleft()
             under_way -= size
-            yield cursor, share, *future.result()
+            yield cursor, share, *result_of(future, pool)
     for cursor, share, _, future in waiting:
-        yield cursor, share, *future.result()
+        yield cursor, share, *result_of(future, pool)
 
 # === The network ===
 def download(what: str, fetch, help="the same command goes on from here", patience: float = 20):
@@ -316,8 +348,12 @@ def check_encoding(path: str, text: bytes) -> None:
     marks = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE
     if text.startswith(marks) or b"\0" in text:
         name = "UTF-32" if b"\0\0" in text[:4] else "UTF-16"
-        help = f"`iconv -f {name} -t UTF-8 {path} > new.txt` (or drop NUL bytes: tr -d '\\0')"
-        raise UserError(f"{path} looks like {name}, not like UTF-8; convert it: {help}")
+        order = "" if text.startswith(marks) else "BE" if text.startswith(b"\0") else "LE"
+        stem, suffix = os.path.splitext(path)
+        first, plain = ("unpack it, then ", stem) if suffix.lower() in COMPRESSED else ("", path)
+        help = f"convert it: `iconv -f {name}{order} -t UTF-8 {plain} > new.txt`"
+        what = f"{path} looks like {name}, not like UTF-8; {first}{help}"
+        raise UserError(f"{what} (or drop NUL bytes: tr -d '\\0')")
 
 def skip(file, count: int) -> None:
     """Go so many bytes on from a file's start. What can't be skipped is read."""
@@ -363,8 +399,8 @@ def mark_broken(error):
 
 def check_column(path: str, column: str, names) -> None:
     if column not in names:
-        what = f"{path} has no column {column}, but {', '.join(names)}"
-        raise UserError(f"{what}; choose one with --text_column")
+        what = f"but {', '.join(names)}; choose one with --text_column" if names else "nor another"
+        raise UserError(f"{path} has no column {column}, {what}")
 
 def read_csv(path: str, file, column: str, number: int = 1):
     """A row is a document. A place is its number, from 1; those before it are read again."""
@@ -411,6 +447,7 @@ def open_zstd(file):
 READERS = {".parquet": read_parquet, ".jsonl": read_json, ".json": read_json, ".csv": read_csv}
 READERS |= {".txt": read_text, ".md": read_text}
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zstd}
+DAMAGE = OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError, csv.Error
 KINDS = f"{', '.join(READERS)} (all but the first with {', '.join(COMPRESSED)}, too)"
 
 def reader_of(path: str):
@@ -446,7 +483,7 @@ def read_source(files: list[str], column: str, cursor: list):
                     byte = 0
         except UserError:
             raise
-        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, csv.Error) as error:
+        except DAMAGE as error:
             raise UserError(f"{path} can't be read ({first_line(error)})") from error
         place = []
 
@@ -567,7 +604,10 @@ def locked(out: Path):
                 (out / ".lock").unlink()
                 out.rmdir()
 
-def open_manifest(out: Path, new: dict | None, prefix: str = "") -> dict | None:
+def prefix_of(manifest: dict) -> str:
+    return "edufineweb" if str(manifest.get("source")).startswith(f"{DATASET},") else "text"
+
+def open_manifest(out: Path, new: dict | None) -> dict:
     """The manifest of an earlier run of the same command, else `new`: also for a lone val shard in
     another size, as nothing was trained on it.
 
@@ -578,7 +618,7 @@ def open_manifest(out: Path, new: dict | None, prefix: str = "") -> dict | None:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         names = {shard["name"] for shard in manifest["shards"] if shard["tokens"] + 0}
-        names.add(shard_name(prefix, len(names)))
+        names.add(shard_name(prefix_of(manifest), len(names)))
     except FileNotFoundError:
         manifest, names = None, set()
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -615,8 +655,8 @@ def check_sizes(out: Path, shards: list[dict]) -> None:
 class Shards:
     """Takes the tokens of pieces, and makes shards of them and their manifest."""
 
-    def __init__(self, out: Path, manifest: dict, prefix: str, limit: int):
-        self.out, self.manifest, self.prefix, self.limit = out, manifest, prefix, limit
+    def __init__(self, out: Path, manifest: dict, limit: int):
+        self.out, self.manifest, self.limit = out, manifest, limit
         self.shards, self.size = manifest["shards"], manifest["shard_size"]
         self.count = total(self.shards)  # tokens in shards, and in the one that is being filled:
         self.tokens = bytearray()
@@ -653,7 +693,7 @@ class Shards:
         i = len(self.shards)
         if not self.manifest["resume"]["cursor"]:  # no shard is ever without a manifest
             write_manifest(self.out, self.manifest)
-        path = self.out / shard_name(self.prefix, i)
+        path = self.out / shard_name(prefix_of(self.manifest), i)
         self.shards.append(write_shard(path, self.tokens))
         self.tokens.clear()
         if i == 0 and cursor:
@@ -681,10 +721,9 @@ def prepare(cfg) -> None:
         fingerprint=files and fingerprint(files), shard_size=cfg.shard_size, counts=[0] * 4,
         finished=False, exhausted=False, resume=dict(cursor=[], used=0, counts=[0] * 4),
     )  # fmt: skip
-    prefix = "edufineweb" if not files and cfg.dataset == DATASET else "text"
-    manifest = open_manifest(out, new, prefix)
+    manifest = open_manifest(out, new)
     check_sizes(out, manifest["shards"])
-    shards = Shards(out, manifest, prefix, cfg.max_tokens or 2**63)
+    shards = Shards(out, manifest, cfg.max_tokens or 2**63)
     if manifest["exhausted"] or shards.count >= shards.limit:
         if not manifest.get("finished"):
             write_manifest(out, {**manifest, "finished": True})
@@ -696,9 +735,7 @@ def prepare(cfg) -> None:
     manifest["vocab_size"] = encoding.n_vocab
     with contextlib.ExitStack() as stack:
         # Workers before the source: a process should fork while it has no threads
-        pool = ProcessPoolExecutor(cfg.num_workers, initializer=start_worker, initargs=(encoding,))
-        stack.callback(pool.shutdown, cancel_futures=True)
-        pool.submit(int).result()
+        pool = stack.enter_context(start_pool(cfg.num_workers, encoding))
         start = time.perf_counter()
         if not files:
             manifest["files"] = manifest.get("files") or hub_files(cfg.dataset, cfg.name)
@@ -753,10 +790,9 @@ def warn(message: str) -> None:
 
 def verify(out: Path) -> None:
     """Hold every shard against the manifest. Raises UserError for what is not as it says."""
-    manifest = open_manifest(out, None)
-    if manifest is None:
+    if not (out / "manifest.json").exists():
         raise UserError(f"{out} has no manifest.json to check shards against; see --out")
-    check_sizes(out, shards := manifest["shards"])
+    check_sizes(out, shards := open_manifest(out, None)["shards"])
     for shard in shards:
         data = np.memmap(out / shard["name"], np.uint8, "r")
         if hashlib.sha256(data).hexdigest() != shard["sha256"]:

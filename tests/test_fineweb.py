@@ -17,6 +17,7 @@ import sys
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import numpy as np
@@ -116,6 +117,7 @@ class InlinePool:
 
     def __init__(self, num_workers, initializer=None, initargs=()):
         fineweb.ENCODING = initargs[0]
+        self._processes, self._result_queue = {}, SimpleNamespace(_writer=io.BytesIO())
 
     def submit(self, function, *args):
         future = Future()
@@ -226,6 +228,8 @@ def test_demo_data_are_the_standard_library_in_bytes(tmp_path):
     assert Path(argparse.__file__).read_bytes() in texts
     assert [p.name for p in tmp_path.iterdir()] == ["python_stdlib"]
 
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 # --------------------------------------------------------------------------------------------------
 # The same bytes
@@ -682,10 +686,13 @@ def test_a_run_encoded_in_steps_is_the_run_encoded_at_once(text, times, step):
     assert fineweb.encode_run(run, step).tolist() == (GPT2._encode_single_piece(run) if run else [])
 
 
+SPACES = "\u0085\u00a0\u1680\u2000\u200a\u2028\u202f\u205f\u3000"
+
+
 @settings(deadline=None, max_examples=300)
 @given(
     st.lists(
-        st.sampled_from([*" \n\t\r\u00a0\u3000\x1c'aé汉1²!。😀", "'s", "'ll", "  ", " a", "12"]),
+        st.sampled_from([*" \n\t\r\x1c'aé汉1²!。”»à😀", *SPACES, "'s", "'ll", "  ", " a", "12"]),
         max_size=40,
     )
 )
@@ -697,6 +704,18 @@ def test_no_token_spans_a_cut(parts):
         assert GPT2.encode_ordinary(left) + GPT2.encode_ordinary(right) == GPT2.encode_ordinary(
             text
         )
+
+
+LINES = ["some words\n", "汉字。\n", "“汉”\n", "これ、\n", "слово…\n", "हिन्दी।\n"]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_lines_of_any_script_can_be_cut(line, monkeypatch):
+    monkeypatch.setattr(fineweb, "PIECE", 100)
+    parts = [part for _, part in fineweb.stretches((line * 100).encode())]
+    assert b"".join(parts).decode() == line * 100
+    assert len(parts) > 5 and max(map(len, parts)) < 250
+    assert fineweb.CUT.search(("汉 " + "字\u3000\n" * 9).encode(), 4) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -876,6 +895,34 @@ def test_verify_finds_what_is_not_as_it_was(inline, capsys):
     assert "is no manifest" in error_of(capsys, "--verify", "--out=out")
 
 
+@pytest.mark.parametrize("shards", [0, 2])
+def test_verify_takes_a_shard_that_a_killed_run_had_no_time_to_note(shards, inline, monkeypatch):
+    write_jsonl(inline / "a.jsonl", DOCUMENTS)
+    command = ["--files", "a.jsonl", "--out=out", "--shard_size=500"]
+    write_shard = fineweb.write_shard
+
+    def killed(path, tokens):
+        entry = write_shard(path, tokens)
+        if path.stem.endswith(str(shards)):
+            raise KeyboardInterrupt
+        return entry
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fineweb, "write_shard", killed)
+        run(*command, code=130)
+    assert len(list(Path("out").glob("*.npy"))) == shards + 1
+    run("--verify", "--out=out")
+    run(*command)
+    run("--verify", "--out=out")
+
+
+def test_verify_leaves_a_folder_without_a_manifest_in_peace(inline, capsys):
+    (inline / "data").mkdir()
+    (inline / "data" / "train.bin").write_bytes(b"12")
+    error = error_of(capsys, "--verify", "--out=data")
+    assert "has no manifest.json to check shards against" in error and "remove" not in error
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs limits on the size of files")
 def test_a_full_disk_leaves_what_is_finished_and_is_gone_on_from(tmp_path):
     (tmp_path / "a.txt").write_text("some words " * 30_000)
@@ -915,6 +962,55 @@ def test_a_killed_worker_is_an_error_not_a_hang(tmp_path):
     )
     done = python("-c", script, "--files", "a.jsonl", "--encoding=bytes", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "error: a worker was killed" in done.stderr
+
+
+@needs_fork
+@pytest.mark.parametrize("stopped, code", [("", 2), ("os.kill(os.getppid(), signal.SIGTERM)", 143)])
+def test_a_worker_killed_in_the_middle_of_its_result_is_no_hang(stopped, code, tmp_path):
+    (tmp_path / "a.txt").write_text("some words " * 500_000)
+    script = (
+        f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb\n"
+        "import multiprocessing.connection; multiprocessing.set_start_method('fork')\n"
+        "def send(connection, data, write=os.write):\n"
+        "    if multiprocessing.parent_process() and len(data) > 2**16:\n"
+        "        write(connection.fileno(), data[:1000])\n"
+        f"        {stopped or 'pass'}\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    while data: data = data[write(connection.fileno(), data) :]\n"
+        "multiprocessing.connection.Connection._send = send\n"
+        "sys.exit(fineweb.main(sys.argv[1:]))"
+    )
+    how = dict(cwd=tmp_path, check=False, timeout=20)
+    done = python("-c", script, "--files", "a.txt", "--encoding=bytes", "--num_workers=2", **how)
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert ("error: a worker was killed" in done.stderr) == (code == 2)
+
+
+@needs_fork
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_middle_of_a_fork_is_not_lost(signum, tmp_path):
+    (tmp_path / "a.txt").write_text("some words " * 10)
+    script = (
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb\n"
+        "import multiprocessing; multiprocessing.set_start_method('fork')\n"
+        f"os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), {int(signum)}))\n"
+        "sys.exit(fineweb.main(sys.argv[1:]))"
+    )
+    done = python("-c", script, "--files", "a.txt", "--encoding=bytes", cwd=tmp_path, check=False)
+    assert done.returncode == 128 + signum and "Exception ignored" not in done.stderr, done.stderr
+    assert not (tmp_path / "edu_fineweb10B").exists()
+
+
+def test_a_csv_without_columns_says_so(inline, capsys):
+    (inline / "a.csv").write_text("")
+    error = error_of(capsys, "--files", "a.csv", "--out=out")
+    assert "a.csv has no column text, nor another" in error
+
+
+def test_json_that_is_nested_too_deeply_is_an_error(inline, capsys):
+    for name in "a.json", "a.jsonl":
+        (inline / name).write_text("[" * 100_000)
+        assert f"{name} can't be read (" in error_of(capsys, "--files", name, "--out=out")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -964,18 +1060,26 @@ def test_older_manifests_of_text_files_are_gone_on_with(inline, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "encoding, name", [("utf-16", "UTF-16"), ("utf-32", "UTF-32"), ("utf-16-le", "UTF-16")]
-)
+    "encoding, name",
+    [
+        ("utf-16", "UTF-16"), ("utf-16-le", "UTF-16"), ("utf-16-be", "UTF-16"),
+        ("utf-32", "UTF-32"), ("utf-32-le", "UTF-32"), ("utf-32-be", "UTF-32"),
+    ],
+)  # fmt: skip
 def test_text_in_another_encoding_is_an_error_that_says_how_to_convert_it(
     encoding, name, inline, capsys
 ):
     (inline / "a.txt").write_bytes("é, a text\n".encode(encoding))
     error = error_of(capsys, "--files", "a.txt", "--out=out")
     assert f"looks like {name}, not like UTF-8" in error and not (inline / "out").exists()
-    (command,) = re.findall(r"`(iconv -f UTF-.. -t UTF-8 a.txt > new.txt)`", error)
+    (command,) = re.findall(r"`(iconv -f UTF-\w+ -t UTF-8 a.txt > new.txt)`", error)
     subprocess.run(command, shell=True, check=True)
     run("--files", "new.txt", "--out=out")
     assert_shards("out", shards_of(["é, a text\n"], 100))
+    with gzip.open("b.txt.gz", "wb") as file:
+        file.write("é, a text\n".encode(encoding))
+    error = error_of(capsys, "--files", "b.txt.gz", "--out=out2")
+    assert f"unpack it, then convert it: `{command.replace('a.txt', 'b.txt')}`" in error
 
 
 def test_big_endian_marks_are_known(inline, capsys):
