@@ -302,8 +302,8 @@ def write_model(folder: Path | str, sizes: dict, weights: dict) -> str:
     )  # fmt: skip
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--export {folder} is there already; choose another folder")
-    generation = dict(special, max_length=T)  # transformers would go on beyond the context
-    files = {"config.json": config, "generation_config.json": generation}
+    short = dict(max_length=T) if T < 512 else {}  # a pipeline adds 256 tokens to any prompt
+    files = {"config.json": config, "generation_config.json": special | short}
     files = {name: json.dumps(content, indent=2).encode() for name, content in files.items()}
     report = f"{folder}: {sum(w.numel() for w in state.values()):,} parameters, for transformers"
     try:
