@@ -641,10 +641,10 @@ class TestCompile:
         assert len(graphs) == 2
         assert set(read_log("log")) >= {"train", "val", "hella"}
 
-    def test_trials_of_the_micro_batch_leave_the_compiler_fresh(self, here, graphs, monkeypatch):
+    @torch._dynamo.config.patch(recompile_limit=2)
+    def test_trials_of_the_micro_batch_leave_the_compiler_fresh(self, here, graphs):
         """It compiles a function a few times and then leaves it as it is: eight times by default,
         here twice, for training and validation."""
-        monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
         self.most = 1
         run = [*RUN, "--compile", "--max_steps=2", "--val_every=1", "--val_tokens=48"]
         assert main([*run, "--log_dir", "log"]) == 0
