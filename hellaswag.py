@@ -230,7 +230,7 @@ def read_model(what: str, config_of) -> tuple:
         weights = {name: w for name, w in weights.items() if not name.endswith(masks)}
         return config_of(sizes, weights), weights
     except Exception as error:  # a damaged or foreign file fails in any layer
-        # torch.load says why after, and before, its advice to trust the file
+        # torch.load's reason is the last line before where it refers to its documentation
         *_, why = str(error).partition("\n\nCheck the documentation")[0].splitlines() or [""]
         reason = f"{type(error).__name__}: {why.strip()}"
         raise UserError(f"{what} can't be read as GPT-2 ({reason:.250}); choose another") from error

@@ -505,7 +505,7 @@ class Run:
         cfg.encoding, cfg.vocab_size = manifest["encoding"], manifest["vocab_size"]
         known = ENCODINGS.get(cfg.encoding) == cfg.vocab_size
         if not known:
-            say(f"no samples, no HellaSwag: no known encoding is {cfg.encoding!r} and of this size")
+            say(f"no samples, no HellaSwag: no encoding {cfg.encoding!r} has this size")
         if known and cfg.sample_every:
             try:
                 self.encoding = sibling("fineweb", "get_encoding", cfg.encoding)
@@ -913,7 +913,7 @@ def use(cfg: TrainConfig) -> int:
         say(sibling("hellaswag", "write_model", cfg.export, asdict(config), model.state_dict()))
     if cfg.generate is not None:
         fits = [name for name, V in ENCODINGS.items() if V <= config.vocab_size < 1.001 * V]
-        name = config.encoding or [*fits, f"of {config.vocab_size} tokens"][0]
+        name = config.encoding or [*fits, f"of {config.vocab_size} tokens"][0]  # unknown
         encoding = sibling("fineweb", "get_encoding", name)
         print_samples(model.to(device), encoding, cfg, cfg.generate, cfg.seed)
     return 0

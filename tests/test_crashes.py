@@ -511,13 +511,15 @@ def test_torchrun_brings_killed_workers_back_and_they_end_like_untouched_ones(he
         if RESTART == {KILLS}:
             trap(train_gpt2.GPT2, "forward", 20, lambda: train_gpt2.say("now"))
     """
-    options = [f"--max_restarts={KILLS}"]
-    process = job(trouble, *run, "--log_dir=parts", cwd=here, options=options)
-    while (line := process.stdout.readline()) and not line.startswith("now"):
-        pass
-    process.send_signal(signal.SIGINT)  # torchrun passes it on
-    output, errors = process.communicate(timeout=240)
-    assert "stopped after" in output, output + errors
+    for signum, restarts in (signal.SIGTERM, KILLS), (signal.SIGINT, 0):
+        options = [f"--max_restarts={restarts}"]
+        process = job(trouble, *run, "--log_dir=parts", cwd=here, options=options)
+        while (line := process.stdout.readline()) and not line.startswith("now"):
+            pass
+        process.send_signal(signum)  # torchrun passes it on
+        output, errors = process.communicate(timeout=240)
+        assert "stopped after" in output, output + errors
+        trouble = 'trap(train_gpt2.GPT2, "forward", 9, lambda: train_gpt2.say("now"))'
     assert job("", *run, "--log_dir=parts", cwd=here).wait(timeout=240) == 0
     assert_same(here / "whole", here / "parts")
 

@@ -229,8 +229,6 @@ def test_demo_data_are_the_standard_library_in_bytes(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["python_stdlib"]
 
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-
 # --------------------------------------------------------------------------------------------------
 # The same bytes
 
@@ -715,7 +713,11 @@ def test_lines_of_any_script_can_be_cut(line, monkeypatch):
     parts = [part for _, part in fineweb.stretches((line * 100).encode())]
     assert b"".join(parts).decode() == line * 100
     assert len(parts) > 5 and max(map(len, parts)) < 250
-    assert fineweb.CUT.search(("汉 " + "字\u3000\n" * 9).encode(), 4) is None
+
+
+def test_white_space_of_no_kind_is_cut_in_two():
+    for space in SPACES:
+        assert fineweb.CUT.search(f"字{space}\n".encode()) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -962,6 +964,9 @@ def test_a_killed_worker_is_an_error_not_a_hang(tmp_path):
     )
     done = python("-c", script, "--files", "a.jsonl", "--encoding=bytes", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "error: a worker was killed" in done.stderr
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 @needs_fork
