@@ -1,24 +1,33 @@
-"""Train GPT-2, from random numbers to a model that writes: the whole of it in one file.
+"""Train GPT-2 from scratch, and use what comes of it.
 
     python train_gpt2.py                         # one GPU, a Mac, or just a CPU
-    torchrun --nproc_per_node=8 train_gpt2.py    # eight GPUs; several nodes work alike
+    torchrun --nproc_per_node=8 train_gpt2.py    # eight GPUs of one machine
     python train_gpt2.py --generate "def "       # let the newest checkpoint write
 
-The model is GPT-2 as published, the recipe GPT-3's (Brown et al., 2020, arXiv:2005.14165).
-In shapes, B is sequences, T tokens, C channels, V the vocabulary.
+The model is GPT-2 as OpenAI published it (Radford et al., 2019), and the training recipe is that of
+GPT-3 (Brown et al., 2020, arXiv:2005.14165). The file is meant to be read from top to bottom:
+
+    configuration, model, data, evaluation, checkpoints, log, set-up, training, command line
+
+In the shapes below, B is the number of sequences, T of tokens in each, C of channels, and V is the
+size of the vocabulary.
 """
 
 import argparse
+import collections
 import contextlib
 import functools
-import importlib
+import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
+import threading
 import time
+import types
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -30,921 +39,1666 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
 
-# === Configuration: a flag is a field of TrainConfig ===
-RANK, LOCAL_RANK = (int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK"))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)  # torchrun sets all three
-FINEWEB_DATA, DEMO_DATA = Path("edu_fineweb10B"), Path("python_stdlib")
-HELLASWAG_FILE = Path("hellaswag/hellaswag_val.bin")
-ENCODINGS = {"gpt2": 50257, "bytes": 257}  # those of fineweb.py, and their vocabularies
-SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")  # a checkpoint dictates them
-MODELS = {  # GPT-2's sizes, with the peak rates GPT-3 had near them (its table 2.1)
+# torchrun starts one process per GPU and tells each who it is. Without torchrun there is one.
+RANK = int(os.environ.get("RANK") or 0)  # of all processes on all machines
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)  # of the processes on this machine
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
+
+FINEWEB_DATA = Path("edu_fineweb10B")
+DEMO_DATA = Path("python_stdlib")
+HELLASWAG_FILE = Path("hellaswag/hellaswag_val.jsonl")
+
+
+def say(message: str):
+    """Print a line on rank 0. A closed pipe or a full disk must not end a run, so what can't be
+    printed is dropped."""
+    if RANK == 0:
+        with contextlib.suppress(OSError, ValueError):
+            print(message, flush=True)
+
+
+# -----------------------------------------------------------------------------
+# Configuration. Every field that is made by flag() is a flag of the command line.
+
+
+def flag(default, help: str, low=0, choices=None, group=None):
+    """A field of a configuration that is also a flag of the command line.
+
+    Where the default is None, resolve_config() finds a value. `low` is the smallest number allowed.
+    The first field of a group in --help names the group.
+    """
+    return field(default=default, metadata=dict(help=help, low=low, choices=choices, group=group))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPT2Config:
+    """What the model needs to know. The defaults are GPT-2 124M."""
+
+    vocab_size: int = 50257  # 50,000 merges, 256 bytes, <|endoftext|>
+    encoding: str | None = None  # what the tokens mean: "gpt2", "bytes", or a name of your own
+    n_layer: int = flag(12, "number of transformer blocks", low=1, group="model size")
+    n_head: int = flag(12, "number of attention heads", low=1)
+    n_embd: int = flag(768, "channels of the residual stream", low=1)
+    block_size: int = flag(1024, "longest context, in tokens", low=1)
+    pad_vocab: bool = flag(True, "round the vocabulary up to a multiple of 128, which is faster")
+    attention: str = flag(
+        "flash", "how attention is computed; manual is the textbook's", choices=("flash", "manual")
+    )
+    activation_checkpointing: bool = flag(
+        False, "save memory by computing activations again in the backward pass"
+    )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        if not self.pad_vocab:
+            return self.vocab_size
+        return math.ceil(self.vocab_size / 128) * 128
+
+
+# Fields that are about how to compute. All others, but the encoding, are dictated by weights.
+HOW_TO_COMPUTE = ["pad_vocab", "attention", "activation_checkpointing"]
+MODEL_SIZES = [
+    f.name for f in fields(GPT2Config) if f.name not in HOW_TO_COMPUTE and f.name != "encoding"
+]
+
+# GPT-2's sizes, with the peak learning rates of the GPT-3 models next to them in size (its table
+# 2.1). "demo" is small enough for two CPU cores and brings a schedule of its own.
+MODELS = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, max_lr=6e-4),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, max_lr=2.5e-4),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, max_lr=2e-4),
-    "demo": dict(n_layer=2, n_head=4, n_embd=128, block_size=128, pad_vocab=False, max_lr=6e-3,
-        min_lr=1e-4, warmup_steps=100, max_steps=3000, total_batch_size=2048, val_every=500,
-        val_tokens=131072, sample_every=1000, checkpoint_every=500, print_every=10,
-        prompt="def ", num_samples=2, max_new_tokens=400, temperature=0.8),
+    "demo": dict(
+        n_layer=2,
+        n_head=4,
+        n_embd=128,
+        block_size=128,
+        pad_vocab=False,
+        total_batch_size=2048,
+        max_lr=6e-3,
+        min_lr=1e-4,
+        warmup_steps=100,
+        max_steps=3000,
+        val_every=500,
+        val_tokens=131072,
+        sample_every=1000,
+        checkpoint_every=500,
+        print_every=10,
+        prompt="def ",
+        num_samples=2,
+        max_new_tokens=400,
+        temperature=0.8,
+    ),
 }
 
-def flag(default, help, kind=None, low=None, choices=None):
-    """A field that is a flag, too. None, for auto or off, needs a `kind`."""
-    about = dict(help=help, kind=kind or type(default), low=low, choices=choices)
-    return field(default=default, metadata=about)
 
-@dataclass
-class GPT2Config:
-    vocab_size: int = 50257  # 50,000 merges, 256 bytes, <|endoftext|>
-    n_layer: int = flag(12, "transformer blocks", low=1)
-    n_head: int = flag(12, "attention heads", low=1)
-    n_embd: int = flag(768, "channels of the residual stream", low=1)
-    block_size: int = flag(1024, "context in tokens", low=1)
-    pad_vocab: bool = flag(True, "vocabulary in multiples of 128: faster")
-    attention: str | None = flag(None, "(auto: faster)", str, choices=("flash", "manual"))
-    activation_checkpointing: bool = flag(False, "to save memory: slower")
-    encoding: str | None = None  # this and vocab_size are the data's
-    @property
-    def padded_vocab_size(self) -> int:
-        return -(-self.vocab_size // 128) * 128 if self.pad_vocab else self.vocab_size
-
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(GPT2Config):
-    data: str | None = flag(None, "folder of shards (auto: edu_fineweb10B, or demo)", str)
-    shuffle: bool = flag(True, "a new order each epoch; off: file order")
-    model: str | None = flag(None, "named size (auto: gpt2, or demo)", str, choices=MODELS)
-    init_from: str = flag("scratch", "or weights: gpt2 to gpt2-xl, user/model, a path")
-    total_batch_size: int = flag(2**19, "tokens an optimiser step", low=1)
-    micro_batch_size: int | None = flag(None, "sequences at a time (auto: what fits)", int, low=1)
-    sequence_length: int | None = flag(None, "tokens each (auto: the block size)", int, low=1)
-    max_lr: float = flag(6e-4, "peak learning rate", low=0)
-    min_lr: float | None = flag(None, "final one (auto: a tenth of the peak)", float, low=0)
-    warmup_steps: int = flag(715, "of linear warm-up", low=0)
-    max_steps: int = flag(19073, "steps; 19073 of 2^19 tokens are 10 billion", low=1)
-    weight_decay: float = flag(0.1, "on matrices and embeddings", low=0)
-    grad_clip: float = flag(1.0, "largest gradient norm; 0: any", low=0)
-    device: str | None = flag(None, "cpu, cuda, cuda:1, mps (auto: the fastest)", str)
-    dtype: str | None = flag(None, "of autocast (auto)", str, choices=("bf16", "fp16", "fp32"))
-    tf32: bool | None = flag(None, "TensorFloat-32 (auto: on CUDA)", bool)
-    compile: bool | None = flag(None, "torch.compile (auto: on CUDA, but for the demo)", bool)
-    fused_adamw: bool | None = flag(None, "AdamW in one kernel (auto: on CUDA and CPU)", bool)
-    val_every: int = flag(250, "steps between validations; 0: never", low=0)
-    val_tokens: int = flag(10485760, "tokens a validation", low=1)
-    hellaswag_every: int = flag(250, "steps between HellaSwags; 0: never", low=0)
-    sample_every: int = flag(250, "steps between samples; 0: never", low=0)
-    prompt: str = flag("Hello, I'm a language model,", "what the samples begin with")
-    print_every: int = flag(1, "steps between lines", low=1)
-    log_dir: str | None = flag(None, "of log and checkpoints (auto: log, log_demo)", str)
-    checkpoint_every: int = flag(1000, "steps between checkpoints; 0: never", low=0)
-    keep_checkpoints: int = flag(2, "the newest to keep; 0: all", low=0)
-    seed: int = flag(1337, "of weights, data order and samples", low=0)
-    deterministic: bool = flag(False, "repeatable to the bit on CUDA, too: slower")
-    generate: str | None = flag(None, "print samples that go on from it, and exit", str)
-    export: str | None = flag(None, "write this folder for Hugging Face, and exit", str)
-    num_samples: int = flag(4, "samples to draw", low=1)
-    max_new_tokens: int = flag(64, "tokens a sample", low=1)
-    temperature: float = flag(1.0, "of samples; 0: always the likeliest", low=0)
-    top_k: int = flag(50, "of the k likeliest tokens; 0: of all", low=0)
+    """All settings of a run. resolve_config() makes one from the flags that were given."""
 
-class UserError(ValueError):
-    """What a user can put right: one `error:` line and exit code 2."""
+    model: str = flag(
+        None, "named size (auto: gpt2, or demo)", choices=MODELS, group="what to train"
+    )
+    init_from: str = flag(
+        "scratch", "weights to start from: gpt2 to gpt2-xl, a name on the hub, a folder or a file"
+    )
+    data: str = flag(None, "folder of token shards (auto: edu_fineweb10B, or the demo's)")
+    shuffle: bool = flag(True, "draw a new order of the data for each epoch")
+    seed: int = flag(1337, "seed of the first weights, the order of the data and samples")
 
-def require(condition, message: str):
-    if not condition:
-        raise UserError(message)
+    total_batch_size: int = flag(2**19, "tokens per optimiser step", low=1, group="batch")
+    micro_batch_size: int = flag(None, "sequences at a time (auto: what fits)", low=1)
+    sequence_length: int = flag(None, "tokens of each (auto: the block size)", low=1)
 
-@contextlib.contextmanager
-def user_error(what: str, advice: str):
-    """Let what fails inside end in a UserError: what, why, what to do."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UserError):
-            raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{what} ({reason:.250}); {advice}") from error
+    max_lr: float = flag(6e-4, "peak learning rate", group="optimiser and schedule")
+    min_lr: float = flag(None, "final learning rate (auto: a tenth of the peak)")
+    warmup_steps: int = flag(715, "steps of linear warm-up")
+    max_steps: int = flag(19073, "steps in all; 19,073 see ten billion tokens", low=1)
+    weight_decay: float = flag(0.1, "weight decay of matrices and embeddings")
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0 for no limit")
 
-@contextlib.contextmanager
-def unfinished(path: Path):
-    """Give a name to write to, which becomes `path` if all goes well."""
-    partial = path.with_name("unfinished.tmp")
-    try:
-        yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())  # on the disk, before it has its name
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    device: str = flag(None, "cpu, cuda, cuda:1, mps (auto: fastest)", group="hardware")
+    dtype: str = flag(
+        None,
+        "precision (auto: the fastest safe one)",
+        choices=("fp32", "tf32", "bf16", "fp16"),
+    )
+    compile: bool = flag(None, "use torch.compile (auto: on CUDA, except for the demo)")
+    deterministic: bool = flag(False, "make CUDA repeatable to the bit, which is slower")
 
-def say(message: str, file=None):
-    """Print on rank 0, or on any to `file`. What can't be printed is lost: no run ends for it."""
-    if RANK == 0 or file:
-        with contextlib.suppress(OSError, ValueError):  # a full disk
-            encoding = getattr(file or sys.stdout, "encoding", None) or "utf-8"
-            print(message.encode(encoding, "replace").decode(encoding), file=file, flush=True)
+    val_every: int = flag(
+        250, "steps between validations; 0 for none", group="evaluation and samples"
+    )
+    val_tokens: int = flag(10485760, "tokens of a validation", low=1)
+    hellaswag_every: int = flag(250, "steps between HellaSwag evaluations; 0 for none")
+    sample_every: int = flag(250, "steps between samples; 0 for none")
+    prompt: str = flag("Hello, I'm a language model,", "what samples begin with")
+    num_samples: int = flag(4, "number of samples", low=1)
+    max_new_tokens: int = flag(64, "tokens of each sample", low=1)
+    temperature: float = flag(1.0, "temperature of samples; 0 takes the likeliest token")
+    top_k: int = flag(50, "draw from the k likeliest tokens only; 0 draws from all")
 
-# === Model: parameters are named as OpenAI's, so that weights travel ===
+    log_dir: str = flag(None, "folder of log and checkpoints (auto: log, or log_demo)", group="log")
+    print_every: int = flag(1, "steps between printed lines", low=1)
+    checkpoint_every: int = flag(1000, "steps between checkpoints; 0 for none")
+    keep_checkpoints: int = flag(2, "how many of the newest to keep; 0 for all")
+
+    generate: str = flag(
+        None, "continue this prompt with the newest checkpoint", group="instead of training"
+    )
+    export: str = flag(None, "write the model to this folder, for transformers")
+
+
+def resolve_config(given):
+    """Make the configuration of a run from the flags in `given`, deciding all that they leave open.
+
+    Returns the configuration, the checkpoint to go on from and the model of --init_from. These two
+    decide the sizes, are too large to read twice, and are None where there is none. Raises
+    SystemExit for what a user can put right.
+    """
+    check_ranges(given)
+    training = given.get("generate") is None and given.get("export") is None
+    from_scratch = given.get("init_from", "scratch") == "scratch"
+    device = choose_device(given.get("device"))
+    join_processes(device)
+
+    # Where there are no shards, the demo is trained. Its data are part of Python.
+    demo = training and "data" not in given and not find_shards(FINEWEB_DATA, "train")
+    if demo:
+        say(
+            f"no shards in {FINEWEB_DATA} (python fineweb.py makes them): "
+            "training on the source of Python's standard library"
+        )
+
+    # The checkpoint to go on from, or to use
+    if "log_dir" in given:
+        log_dir = given["log_dir"]
+    elif training:
+        log_dir = "log_demo" if demo else "log"
+    else:
+        log_dir = latest_log_dir()
+    checkpoint = None
+    if training or from_scratch:
+        checkpoint = newest_checkpoint(Path(log_dir))
+    if not training and from_scratch:
+        if checkpoint is None:
+            raise SystemExit(
+                f"error: there is no checkpoint in {log_dir}; "
+                "train first, or choose another --log_dir, or name weights with --init_from"
+            )
+        say(f"using the checkpoint of {log_dir} after {checkpoint['step']:,} steps")
+
+    # Defaults, replaced by what the named model brings, replaced by what was given
+    model_name = "demo" if demo else "gpt2"
+    if checkpoint and not training:
+        model_name = checkpoint["train_config"]["model"]
+    elif given.get("init_from") in MODELS:
+        model_name = given["init_from"]
+    model_name = given.get("model", model_name)
+    values = {f.name: f.default for f in fields(TrainConfig)}
+    values["data"] = str(DEMO_DATA if demo else FINEWEB_DATA)
+    values["dtype"] = choose_dtype(device)
+    values |= MODELS[model_name] | given
+    values |= dict(model=model_name, device=str(device), log_dir=log_dir)
+    if "attention" not in given and device.type == "cpu" and values["dtype"] == "bf16":
+        values["attention"] = "manual"  # PyTorch's flash attention is slow at that
+    values["compile"] = training and choose_compile(given.get("compile"), device, model_name)
+
+    # The vocabulary is that of the data. But where there are weights, they decide all sizes.
+    if training:
+        manifest = read_manifest(Path(values["data"]))
+        values |= dict(encoding=manifest["encoding"], vocab_size=manifest["vocab_size"])
+    pretrained = None
+    if not from_scratch and checkpoint is None:
+        how = {name: values[name] for name in HOW_TO_COMPUTE}
+        pretrained = GPT2.from_pretrained(values["init_from"], **how)
+        values |= sizes_of_weights(asdict(pretrained.config), given, values, training)
+    elif not from_scratch or not training:
+        values |= sizes_of_weights(checkpoint["config"], given, values, training)
+
+    # What follows from the rest
+    if values["min_lr"] is None:
+        values["min_lr"] = 0.1 * values["max_lr"]
+    if values["sequence_length"] is None:
+        values["sequence_length"] = values["block_size"]
+    cfg = TrainConfig(**values)
+    check_config(cfg)
+    if cfg.micro_batch_size is None:
+        cfg = replace(cfg, micro_batch_size=choose_micro_batch_size(cfg, device))
+    return cfg, checkpoint, pretrained
+
+
+def sizes_of_weights(weights, given, values, training):
+    """The settings that the configuration of weights dictates. Raises SystemExit where others were
+    asked for, or where the data have tokens that the weights don't know."""
+    sizes = {name: weights[name] for name in MODEL_SIZES}
+    for name, size in sizes.items():
+        if given.get(name, size) != size:
+            raise SystemExit(f"error: --{name} is {given[name]}, but the weights have {size}")
+    encoding = weights["encoding"]
+    if not training:
+        return sizes | dict(encoding=encoding)
+    if values["vocab_size"] > sizes["vocab_size"] or encoding not in (None, values["encoding"]):
+        raise SystemExit(
+            f"error: {values['data']} has {values['vocab_size']} tokens ({values['encoding']}), "
+            f"the weights know {sizes['vocab_size']} ({encoding}); choose other data, or weights"
+        )
+    return sizes
+
+
+def check_ranges(given):
+    """Raises SystemExit for a number that no run can use."""
+    for f in fields(TrainConfig):
+        value = given.get(f.name)
+        if isinstance(value, int | float):
+            low = f.metadata["low"]
+            # Said like this it is true of nan, too, which compares with nothing.
+            if not (low <= value < 2**63):
+                raise SystemExit(f"error: --{f.name} {value} is out of range; it begins at {low}")
+
+
+def check_config(cfg):
+    """Raises SystemExit for settings that don't go together."""
+    B = cfg.micro_batch_size or 1
+    T = cfg.sequence_length
+    if cfg.n_embd % cfg.n_head != 0:
+        raise SystemExit(f"error: --n_embd {cfg.n_embd} is no multiple of --n_head {cfg.n_head}")
+    if T > cfg.block_size:
+        raise SystemExit(f"error: --sequence_length {T} exceeds --block_size {cfg.block_size}")
+    if cfg.total_batch_size % (B * T * WORLD_SIZE) != 0:
+        raise SystemExit(
+            f"error: --total_batch_size {cfg.total_batch_size} is no multiple of "
+            f"{B} sequences × {T} tokens × {WORLD_SIZE} processes"
+        )
+    if cfg.warmup_steps > cfg.max_steps:
+        raise SystemExit(
+            f"error: --warmup_steps {cfg.warmup_steps} exceeds --max_steps {cfg.max_steps}"
+        )
+    if cfg.min_lr > cfg.max_lr:
+        raise SystemExit(f"error: --min_lr {cfg.min_lr} exceeds --max_lr {cfg.max_lr}")
+
+
+def describe_settings(cfg):
+    """What differs from the defaults, a setting a line."""
+    lines = ["settings, where they differ from the defaults:"]
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if value != f.default:
+            lines.append(f"  {f.name:18} {value}")
+    return "\n".join(lines)
+
+
+# -----------------------------------------------------------------------------
+# Model. Parameters have the names of OpenAI's checkpoint, so that weights can be exchanged.
+
+
 class CausalSelfAttention(nn.Module):
-    """Tokens exchange information: each gathers, per head, a weighted mean of what it and those
-    before it offer (Vaswani et al., 2017, arXiv:1706.03762, §3.2)."""
-    def __init__(self, config: GPT2Config):
+    """Lets each token gather information from those before it.
+
+    Per head, a token's output is a weighted mean of the values v of all tokens up to itself. The
+    weights are large where its query q and their keys k agree (Vaswani et al., 2017,
+    arXiv:1706.03762, section 3.2).
+    """
+
+    def __init__(self, config):
         super().__init__()
-        self.n_head, self.attention = config.n_head, config.attention
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k, v of all heads at once
+        self.n_head = config.n_head
+        self.attention = config.attention
+        # Queries, keys and values of all heads come from one matrix product.
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-    def forward(self, x):  # (B, T, C) -> (B, T, C)
+
+    def forward(self, x):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
-        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in (q, k, v))
-        if self.attention == "manual":  # softmax(q kᵀ / √d) v, of past and present
-            hide = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+        q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head size)
+        k = k.view(B, T, self.n_head, -1).transpose(1, 2)
+        v = v.view(B, T, self.n_head, -1).transpose(1, 2)
+        if self.attention == "manual":
+            # The formula of the paper: softmax(q kᵀ / √d) v. What lies in the future of a token
+            # gets a score of -inf, so its weight is e^-inf = 0.
             scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, n_head, T, T)
-            y = F.softmax(scores + hide, dim=-1) @ v  # e^-inf = 0: nothing comes from the future
-        else:  # flash attention: (T, T) never reaches memory (Dao et al., 2022, arXiv:2205.14135)
+            future = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+            y = F.softmax(scores + future, dim=-1) @ v
+        else:
+            # The same in one kernel, which works in blocks and never stores the (T, T) matrix
+            # (FlashAttention: Dao et al., 2022, arXiv:2205.14135).
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return self.c_proj(y)
+
 
 class MLP(nn.Module):
-    """Tokens think for themselves: the same two-layer network at every position."""
-    def __init__(self, config: GPT2Config):
+    """Lets each token process what it has gathered: two layers, the same at every position."""
+
+    def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.gelu = nn.GELU(approximate="tanh")  # erf was slow in 2019; the weights expect this
+        # GELU was slow to compute exactly in 2019. OpenAI's weights were trained with this
+        # approximation, so they expect it.
+        self.gelu = nn.GELU(approximate="tanh")
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-    def forward(self, x):  # (B, T, C) -> (B, T, C)
+
+    def forward(self, x):
         return self.c_proj(self.gelu(self.c_fc(x)))
 
+
 class Block(nn.Module):
-    """Each branch normalises its input; the first Transformers normalised the sum. So the stream
-    stays a clean sum from embedding to head, and gradients flow straight down it."""
-    def __init__(self, config: GPT2Config):
+    """One layer: attention, then MLP, each added to the residual stream x.
+
+    LayerNorm is applied to the input of each branch, not to the sum as in the first Transformer. So
+    the stream is a plain sum from the embedding to the output head, and gradients flow down it
+    unhindered.
+    """
+
+    def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
-    def forward(self, x):  # (B, T, C) -> (B, T, C)
+
+    def forward(self, x):
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+# OpenAI's "Conv1D" layers compute x @ w where nn.Linear computes x @ w.T. So their checkpoint, and
+# transformers with it, stores the transpose of these weights.
+TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
+
+# What the configuration of transformers says of GPT-2 as published. Other values are variants,
+# which would be computed wrongly here.
+PUBLISHED = dict(
+    activation_function="gelu_new",
+    layer_norm_epsilon=1e-5,
+    scale_attn_weights=True,
+    scale_attn_by_inverse_layer_idx=False,
+    add_cross_attention=False,
+    tie_word_embeddings=True,
+)
+
+# OpenAI's tokenizer files, where tiktoken finds them, with their SHA-256
+TOKENIZER_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+VOCAB_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+
 
 class GPT2(nn.Module):
-    """GPT-2 (Radford et al., 2019, §2.3), without dropout: train() and eval() are the same."""
-    def __init__(self, config: GPT2Config):
+    """GPT-2 (Radford et al., 2019, section 2.3), without dropout."""
+
+    def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
-            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd),
-        ))
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                ln_f=nn.LayerNorm(config.n_embd),
+            )
+        )
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        # Weight tying: words that mean alike should lie close where they are read and where they
-        # are predicted (Press & Wolf, 2017, arXiv:1608.05859).
+        # Tokens of similar meaning should be close to each other both where they are read and where
+        # they are predicted, so one matrix serves for both (Press & Wolf, 2017, arXiv:1608.05859).
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
+
     @torch.no_grad()
     def init_weights(self):
         for name, p in self.named_parameters():
-            if p.dim() == 1:  # LayerNorm gains start at one, biases at zero
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
+            if name.endswith("bias"):
+                p.zero_()
+            elif p.dim() == 1:  # the gain of a LayerNorm
+                p.fill_(1.0)
             elif name.endswith("c_proj.weight"):
-                # 2·n_layer branches add into the stream: 1/√(2·n_layer) keeps its variance
+                # 2 n_layer branches are added to the residual stream. Scaled down like this, their
+                # sum has the same variance whatever the depth.
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
             else:
                 p.normal_(std=0.02)
         self.transformer.wte.weight[self.config.vocab_size :] = 0.0  # padding
-    @classmethod
-    def from_pretrained(cls, what: str) -> "GPT2":
-        config, weights = read_pretrained(what)
-        return load_weights(cls(config), weights, what)
-    def num_params(self) -> int:
-        """Parameters of the published model: tied weights count once, padding not at all."""
+
+    def num_params(self):
+        """Parameters of the published model: tied weights count once, padding does not count."""
         padding = self.config.padded_vocab_size - self.config.vocab_size
         return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
-    def flops_per_token(self, T: int) -> int:
-        """FLOPs to train on one of T tokens (PaLM, arXiv:2204.02311, appendix B)."""
-        multiplied = self.num_params() - self.transformer.wpe.weight.numel()
-        return 6 * multiplied + 12 * self.config.n_layer * self.config.n_embd * T
-    def hidden(self, idx):
-        """Token ids (B, T), T at most the block size -> final hidden states (B, T, C)."""
-        pos = torch.arange(idx.size(1), device=idx.device)
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos)
+
+    def flops_per_token(self, T):
+        """FLOPs of the forward and backward pass for one of T tokens (PaLM: Chowdhery et al., 2022,
+        arXiv:2204.02311, appendix B)."""
+        positions = sum(p.numel() for name, p in self.named_parameters() if "wpe" in name)
+        # Each weight is multiplied and added once forward and twice backward. Positions are only
+        # looked up. Attention scores and their use cost another 12 C T a layer.
+        attention = 12 * self.config.n_layer * self.config.n_embd * T
+        return 6 * (self.num_params() - positions) + attention
+
+    def forward(self, idx, targets=None):
+        """Token ids (B, T), T at most block_size, to logits (B, T, V). With targets (B, T) the
+        result is the mean cross-entropy in nats per token; targets of -100 don't count."""
+        T = idx.size(1)
+        positions = torch.arange(T, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+
+        # Autocast leaves the sum in float32. In bf16 the residual stream takes half the memory
+        # traffic, and the loss is the same (llm.c does this, too). fp16 hasn't the range for it.
         kind = idx.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
-            x = x.bfloat16()  # half the bytes for the stream, as in llm.c
-        again = self.config.activation_checkpointing and torch.is_grad_enabled()
+            x = x.bfloat16()
+
+        recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
         for block in self.transformer.h:
-            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
-        return self.transformer.ln_f(x)
-    def logits(self, x):
-        """Final hidden states (..., C) -> logits (..., padded V)."""
-        # Padding gets -inf, and is not cut off: rows of odd length would be slow
-        rows = torch.arange(self.config.padded_vocab_size, device=x.device)
-        hide = torch.where(rows < self.config.vocab_size, 0.0, -torch.inf).to(x.dtype)
-        return F.linear(x, self.lm_head.weight, hide)
-    def forward(self, idx, targets=None):
-        """Token ids (B, T) -> (logits (B, T, V), None). With targets (B, T): (None, loss), the mean
-        cross-entropy in nats a token; targets of -100 do not count."""
-        logits = self.logits(self.hidden(idx))
+            if recompute:
+                x = recompute_in_backward(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        x = self.transformer.ln_f(x)
+
+        # A token of the padding gets a logit of -inf, and so never a probability. Cutting the
+        # padding off instead would leave rows of odd length, which are slow.
+        V = self.config.vocab_size
+        token = torch.arange(self.config.padded_vocab_size, device=x.device)
+        bias = torch.where(token < V, 0.0, -torch.inf).to(x.dtype)
+        logits = F.linear(x, self.lm_head.weight, bias)
         if targets is None:
-            return logits[..., : self.config.vocab_size], None
-        # No logits here: a compiled backward pass would carry zeros (B, T, V) for them
-        return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            return logits[:, :, :V]
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
-        """Continue each row of idx (B, T) -> (B, T + max_new_tokens). Temperature 0 is greedy,
-        `top_k` leaves out all but the k likeliest tokens (Fan et al., 2018, arXiv:1805.04833)."""
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
+        """Continue the token ids idx (B, T), to (B, T + max_new_tokens). A temperature of 0 takes
+        the likeliest token. With top_k, only the k likeliest are drawn from (Fan et al., 2018,
+        arXiv:1805.04833, section 5)."""
+        if temperature < 1e-6:
+            temperature = 1.0
+            top_k = 1
+        k = min(top_k or self.config.vocab_size, self.config.vocab_size)
         for _ in range(max_new_tokens):
-            x = self.hidden(idx[:, -self.config.block_size :])
-            logits = self.logits(x[:, -1]).float()  # (B, padded V)
-            k = 1 if temperature < 1e-6 else min(top_k or logits.size(1), logits.size(1))
+            context = idx[:, -self.config.block_size :]
+            logits = self(context)[:, -1].float()  # (B, V), of the last position only
             values, tokens = logits.topk(k)
-            probs = F.softmax(values / max(temperature, 1e-6), dim=1)
+            probs = F.softmax(values / temperature, dim=1)
             drawn = torch.multinomial(probs, 1, generator=generator)
             idx = torch.cat((idx, tokens.gather(1, drawn)), dim=1)
         return idx
-    def configure_optimizers(self, weight_decay, learning_rate, fused=False):
-        """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101) as GPT-3's: only matrices decay."""
-        decay = [p for p in self.parameters() if p.dim() >= 2]
-        rest = [p for p in self.parameters() if p.dim() < 2]
-        groups = dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)
-        how = dict(betas=(0.9, 0.95), eps=1e-8, fused=fused or None)  # None: torch picks kernels
-        return torch.optim.AdamW(groups, lr=learning_rate, **how)
 
-# === Tokens, and which of them a step sees ===
-def find_shards(folder: Path, split: str) -> list[Path]:
+    def configure_optimizers(self, weight_decay, learning_rate):
+        """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101) with the settings of GPT-3."""
+        # Decay pulls weights towards zero. That is good for matrices, and would distort biases and
+        # the gains of LayerNorms.
+        matrices = [p for p in self.parameters() if p.dim() >= 2]
+        vectors = [p for p in self.parameters() if p.dim() < 2]
+        groups = [
+            dict(params=matrices, weight_decay=weight_decay),
+            dict(params=vectors, weight_decay=0.0),
+        ]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+    @classmethod
+    def from_pretrained(cls, source, **changes):
+        """A model with the weights of `source`, in float32 on the CPU.
+
+        `source` is what transformers loads as a GPT-2 (gpt2 to gpt2-xl, user/model of the hub, or a
+        folder), or a checkpoint file of this program, of nanoGPT or of build-nanogpt. `changes` are
+        fields of GPT2Config that weights don't decide, such as attention. No code in a file is
+        run. Raises SystemExit where this is not a GPT-2 as published.
+        """
+        if Path(source).is_file():
+            config, weights = weights_of_file(Path(source))
+        else:
+            from transformers import GPT2LMHeadModel
+
+            try:
+                theirs, report = GPT2LMHeadModel.from_pretrained(
+                    source, dtype=torch.float32, output_loading_info=True
+                )
+            except Exception as error:  # what is missing or foreign fails anywhere in transformers
+                raise SystemExit(
+                    f"error: {source} can't be loaded as a GPT-2 ({first_line(error)}); name gpt2 "
+                    "to gpt2-xl, a model of the hub (`hf auth login` if it is private), or a folder"
+                ) from error
+            sizes = theirs.config.to_dict()
+            # transformers fills what it does not find with random numbers.
+            wrong = [f"no {name}" for name in report["missing_keys"]]
+            wrong += [name for name, value in PUBLISHED.items() if sizes[name] != value]
+            if sizes["n_inner"] not in (None, 4 * sizes["n_embd"]):
+                wrong.append("n_inner")
+            if wrong:
+                raise SystemExit(
+                    f"error: {source} is not a GPT-2 as published: {wrong[0]}; choose another model"
+                )
+            config = config_of_sizes(sizes | dict(block_size=sizes["n_positions"]))
+            weights = transposed(theirs.state_dict())
+        model = cls(replace(config, **changes))
+        model.load_weights(weights)
+        return model
+
+    def load_weights(self, weights):
+        """Load a state dict, which must have all parameters and no others. Only the padding of the
+        vocabulary may differ."""
+        V = self.config.vocab_size
+        table = weights["transformer.wte.weight"][:V]
+        table = F.pad(table, (0, 0, 0, self.config.padded_vocab_size - V))
+        tied = {"transformer.wte.weight": table, "lm_head.weight": table}
+        self.load_state_dict(weights | tied)
+
+    def export_pretrained(self, folder):
+        """Write a new folder that transformers loads with equal logits, with GPT-2's tokenizer if
+        these are GPT-2's tokens. Raises SystemExit where it can't be written."""
+        import transformers
+        from safetensors import SafetensorError
+
+        if folder.exists():
+            raise SystemExit(f"error: --export {folder} is there already; choose another folder")
+        config = self.config
+        end_of_text = {"gpt2": 50256, "bytes": 256}.get(config.encoding)
+        their_config = transformers.GPT2Config(
+            vocab_size=config.padded_vocab_size,
+            n_positions=config.block_size,
+            n_embd=config.n_embd,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=end_of_text,
+            eos_token_id=end_of_text,
+        )
+        theirs = transformers.GPT2LMHeadModel(their_config)
+        theirs.load_state_dict(transposed(self.state_dict()))
+        theirs.resize_token_embeddings(config.vocab_size)  # cuts the padding off
+        if config.block_size < 512:
+            # A pipeline writes 256 new tokens, beyond a short context, unless it is told this.
+            theirs.generation_config.max_length = config.block_size
+
+        try:
+            theirs.save_pretrained(folder)
+            if config.encoding == "gpt2":
+                export_tokenizer(folder, config.block_size)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise SystemExit(
+                f"error: --export {folder} can't be written ({first_line(error)}); "
+                "make room, or choose another folder"
+            ) from error
+
+
+def transposed(weights):
+    """A state dict with the weights of OpenAI's "Conv1D" layers the other way round."""
+    result = {}
+    for name, value in weights.items():
+        result[name] = value.t() if name.endswith(TRANSPOSED) else value
+    return result
+
+
+def config_of_sizes(sizes):
+    """The configuration of a model that others have trained."""
+    # Some add special tokens to GPT-2's 50,257. What other tokens mean, weights don't say.
+    encoding = "gpt2" if 50257 <= sizes["vocab_size"] <= 51000 else None
+    known = {name: sizes[name] for name in MODEL_SIZES if name in sizes}
+    return GPT2Config(encoding=encoding, **known)
+
+
+def reason(error):
+    """What an error of ours says, for a line that is not an error."""
+    return str(error).removeprefix("error: ")
+
+
+def first_line(error):
+    """What an exception says, short enough for one line of ours."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:250]
+
+
+def export_tokenizer(folder, block_size):
+    """Write GPT-2's tokenizer for transformers. tiktoken downloads it once and keeps it."""
+    from tiktoken.load import read_file_cached
+
+    try:
+        merges = read_file_cached(f"{TOKENIZER_URL}/vocab.bpe", MERGES_SHA256)
+        vocab = read_file_cached(f"{TOKENIZER_URL}/encoder.json", VOCAB_SHA256)
+    except (OSError, ValueError) as error:  # no network, or not the file it should be
+        say(f"no tokenizer in the export: it can't be downloaded ({first_line(error)})")
+        return
+    (folder / "merges.txt").write_bytes(merges)
+    (folder / "vocab.json").write_bytes(vocab)
+    about = dict(tokenizer_class="GPT2Tokenizer", model_max_length=block_size)
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+
+
+# -----------------------------------------------------------------------------
+# Data: token shards, and which of their tokens a step sees
+
+
+def find_shards(folder, split):
     """The shards of a split, "train" or "val", in file order."""
-    name = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")
-    return sorted(path for path in folder.glob("*") if name.fullmatch(path.name))
+    pattern = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")
+    return sorted(path for path in folder.glob("*") if pattern.fullmatch(path.name))
 
-def read_manifest(folder: Path) -> dict:
-    """What manifest.json says of a folder's tokens; without one they are GPT-2's."""
-    path, encoding = folder / "manifest.json", "bytes" if folder == DEMO_DATA else "gpt2"
-    if not os.path.lexists(path):  # the demo data may yet have to be made
-        return dict(encoding=encoding, vocab_size=ENCODINGS[encoding])
-    with user_error(f"{path} is no manifest of token shards", "make the data again"):
+
+def read_manifest(folder):
+    """What manifest.json says of the shards beside it. Without one they are GPT-2's tokens.
+    Raises SystemExit where it does not say what the tokens mean."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        if folder == DEMO_DATA:  # it will be made when the run starts
+            return dict(encoding="bytes", vocab_size=257)
+        return dict(encoding="gpt2", vocab_size=50257)
+    try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        encoding, V = manifest["encoding"], manifest["vocab_size"]
-        if type(encoding) is not str or type(V) is not int or not 0 < V <= 65536:
-            raise ValueError("no encoding, or no vocab_size of up to 65536")
+        if not 0 < manifest["vocab_size"] <= 2**16 or not isinstance(manifest["encoding"], str):
+            raise ValueError("encoding has to be text, and vocab_size from 1 to 65536")
         return manifest
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SystemExit(
+            f"error: {path} does not describe token shards ({error!r:.200}); make it again"
+        ) from error
 
-def read_shard(path: Path) -> np.ndarray:
-    """Memory-map the tokens of a shard: a one-dimensional uint16 .npy, or a .bin of llm.c or
-    modded-nanogpt (256 int32 of header, then uint16), or nanoGPT's train.bin, val.bin (uint16)."""
-    with user_error(f"{path} is no token shard", "make it again, or remove it"):
+
+def read_shard(path):
+    """Memory-map the tokens of a shard, a row of uint16.
+
+    There are three formats: .npy files; .bin files of llm.c and modded-nanogpt, which begin with
+    256 int32 (magic number, version, number of tokens); and train.bin and val.bin of nanoGPT,
+    which are nothing but tokens. Raises SystemExit for another file.
+    """
+    try:
         if path.suffix == ".npy":
             tokens = np.load(path, mmap_mode="r")
         else:
             magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
-            whole = (magic, version) == (20240520, 1) and path.stat().st_size == 1024 + 2 * count
-            raw = magic != 20240520 and path.name in ("train.bin", "val.bin")
-            require(whole or raw, f"{path} has a wrong header, or size; make it again")
-            tokens = np.memmap(path, dtype="<u2", mode="r", offset=0 if raw else 1024)
-        require(tokens.dtype == np.uint16 and tokens.ndim == 1, f"{path} is not a row of uint16")
-        return np.asarray(tokens)  # still mapped
+            offset = 1024
+            if magic == 20240520:
+                if version != 1 or path.stat().st_size != offset + 2 * count:
+                    raise ValueError("its header has another version, or another size")
+            elif path.name in ("train.bin", "val.bin"):
+                offset = 0
+            else:
+                raise ValueError("it has no header")
+            tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset)
+        if tokens.dtype != np.uint16 or tokens.ndim != 1:
+            raise ValueError("it is not a row of uint16")
+    except (
+        Exception
+    ) as error:  # NumPy evaluates the header of a damaged .npy, which can do anything
+        raise SystemExit(
+            f"error: {path} is not a token shard ({first_line(error)}); make it again, or remove it"
+        ) from error
+    return np.asarray(tokens)  # a plain array that still maps the file
 
-@functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
-def permutation(n, seed, epoch) -> np.ndarray:  # RandomState's are frozen
+
+def hash_of_data(loaders):
+    """One hash by which a run knows its data again: of the name, the size, and the first and last
+    64 KiB of every shard."""
+    digest = hashlib.sha256()
+    for loader in loaders:
+        for path, shard in zip(loader.paths, loader.shards, strict=True):
+            digest.update(f"{path.name} {len(shard)}\n".encode(errors="replace"))
+            digest.update(shard[: 2**15].tobytes())
+            digest.update(shard[-(2**15) :].tobytes())
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=2)  # a batch may lie across the border of two epochs
+def permutation(n, seed, epoch):
+    # NumPy promises that the legacy RandomState draws the same numbers in all versions to come.
     generator = np.random.RandomState(np.random.MT19937([seed, epoch]))
     return generator.permutation(n).astype(np.uint32)
 
+
 class DataLoaderLite:
-    """Serves windows of T + 1 tokens, without any state: a step's number tells which ones it sees.
-    A shard of n tokens holds (n-1)//T windows; those of all shards are numbered 0 … W-1 in file
-    order. Sample s is window π(s mod W), π a permutation drawn from the seed and the epoch s//W
-    (the identity without `shuffle`). Micro-batch i of the run gives rank r of R the samples
-    (i·R + r)·B + 0 … B-1: the same for each B and R, and wherever the run was interrupted."""
-    def __init__(self, files, B, T, rank=0, world_size=1, seed=0, shuffle=True, vocab_size=50257):
-        self.files, self.B, self.T, self.rank, self.world_size = files, B, T, rank, world_size
-        self.seed, self.shuffle, self.vocab_size = seed, shuffle, vocab_size
-        self.shards = [read_shard(path) for path in files]
+    """Serves windows of T + 1 tokens, and keeps no state: the number of a step says what it sees.
+
+    A shard of n tokens holds (n - 1) // T windows. The windows of all shards are numbered from 0 to
+    W - 1, in file order. Sample s of the run is window π(s mod W), where π is a permutation drawn
+    from the seed and the epoch s // W, or the identity without `shuffle`. Micro-batch i of the run
+    gives the B samples from (i · world_size + rank) · B on to each rank. So a step sees the same
+    tokens whatever B, on any number of GPUs, and after any interruption.
+    """
+
+    def __init__(self, cfg, split, rank=0, world_size=1):
+        """Raises SystemExit where cfg.data holds no window of the split, "train" or "val"."""
+        self.cfg = cfg
+        self.B = cfg.micro_batch_size
+        self.T = cfg.sequence_length
+        self.rank = rank
+        self.world_size = world_size
+        self.shuffle = cfg.shuffle and split == "train"
+        self.paths = find_shards(Path(cfg.data), split)
+        self.shards = [read_shard(path) for path in self.paths]
         self.num_tokens = sum(len(shard) for shard in self.shards)
-        windows = [max(0, len(shard) - 1) // T for shard in self.shards]
-        *self.first_window, self.num_windows = np.cumsum([0, *windows]).tolist()
-        few = f"{files[0]}: too few tokens for a window of {T} + 1 in each shard of this split"
-        require(self.num_windows > 0, f"{few}; lower --sequence_length, or raise --shard_size")
-    def window(self, s: int) -> np.ndarray:
-        """The T + 1 tokens of sample s, uint16."""
+        windows = [max(0, len(shard) - 1) // self.T for shard in self.shards]
+        self.num_windows = sum(windows)
+        self.first_window = np.cumsum(windows) - windows  # the number of each shard's first one
+        if self.num_windows == 0:
+            raise SystemExit(
+                f"error: --data {cfg.data} has no {split} shard (NAME_{split}_000000.npy or .bin) "
+                f"with {self.T} + 1 tokens; choose another folder, lower --sequence_length, or "
+                "make the shards again with another --shard_size"
+            )
+
+    def window(self, s):
+        """The T + 1 tokens of sample s, as uint16. Raises SystemExit for a token that is not in the
+        vocabulary."""
         epoch, k = divmod(s, self.num_windows)
         if self.shuffle:
-            k = int(permutation(self.num_windows, self.seed, epoch)[k])
-        shard = int(np.searchsorted(self.first_window, k, side="right")) - 1
+            k = permutation(self.num_windows, self.cfg.seed, epoch)[k]
+        shard = np.searchsorted(self.first_window, k, side="right") - 1
         start = (k - self.first_window[shard]) * self.T
         tokens = self.shards[shard][start : start + self.T + 1]
-        beyond = f"token {tokens.max()} is beyond a vocabulary of {self.vocab_size}"
-        require(tokens.max() < self.vocab_size, f"{self.files[shard]}: {beyond}; see --data")
+        if tokens.max() >= self.cfg.vocab_size:
+            raise SystemExit(
+                f"error: {self.paths[shard]} has token {tokens.max()}, beyond the vocabulary of "
+                f"{self.cfg.vocab_size}; choose other --data, or mend vocab_size in manifest.json"
+            )
         return tokens
-    def batch(self, i: int) -> torch.Tensor:
+
+    def batch(self, i):
         """This rank's part of micro-batch i, int64 (2, B, T): inputs, and targets one token on."""
         first = (i * self.world_size + self.rank) * self.B
-        rows = np.array([self.window(first + b) for b in range(self.B)], dtype=np.int64)
-        tokens = torch.from_numpy(rows)  # (B, T + 1)
+        rows = np.stack([self.window(first + b) for b in range(self.B)])
+        tokens = torch.from_numpy(rows.astype(np.int64))  # (B, T + 1)
         return torch.stack((tokens[:, :-1], tokens[:, 1:]))
 
-def to_device(z, device):
-    """Send a tensor on its way: from pinned memory, a GPU fetches it by itself."""
-    return z.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else z.to(device)
 
-# === Validation and samples ===
-def sum_over_ranks(values: list[float], device):
-    if not dist.is_initialized():
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
+def to_device(batch, device):
+    """Move a batch. From pinned memory a GPU fetches it by itself, while the CPU goes on."""
+    if device.type == "cuda":
+        batch = batch.pin_memory()
+    return batch.to(device, non_blocking=True)
+
+
+# -----------------------------------------------------------------------------
+# Evaluation and samples
+
+
+def gather_from_ranks(value):
+    """The values that all ranks have, in the order of the ranks. All of them have to call this."""
+    if WORLD_SIZE == 1:
+        return [value]
+    values = [None] * WORLD_SIZE
+    dist.all_gather_object(values, value)
+    return values
+
 
 @torch.no_grad()
-def validation_loss(model, loader, val_tokens: int, device, progress=iter) -> float:
-    """Mean loss, nats a token, over the first `val_tokens` tokens. `progress` may end it early."""
+def validation_loss(model, loader, val_tokens, device, progress=iter):
+    """The mean loss over the first `val_tokens` tokens of the loader, in nats per token, shared by
+    all ranks. `progress` wraps the batches, and may end them early."""
     num_windows = min(loader.num_windows, max(1, val_tokens // loader.T))
-    total = 0.0  # of windows
-    for i in progress(range(math.ceil(num_windows / (loader.B * loader.world_size)))):
-        count = min(loader.B, num_windows - (i * loader.world_size + loader.rank) * loader.B)
+    num_batches = math.ceil(num_windows / (loader.B * loader.world_size))
+    total = torch.zeros((), device=device)
+    for i in progress(range(num_batches)):
+        first = (i * loader.world_size + loader.rank) * loader.B
+        count = min(loader.B, num_windows - first)  # of windows in this batch that belong to us
         if count > 0:
             batch = loader.batch(i)
-            batch[1, count:] = -100  # they fill the batch: one shape to compile
-            total += model(*to_device(batch, device))[1] * count
-    return sum_over_ranks([float(total)], device)[0] / num_windows
+            # The others fill the batch up, so that compiled code sees one shape only.
+            batch[1, count:] = -100
+            x, y = to_device(batch, device)
+            total += model(x, y) * count
+    return sum(gather_from_ranks(total.item())) / num_windows
 
-def encode_prompt(encoding, prompt, block_size) -> list[int]:
+
+def encode_prompt(encoding, prompt, block_size):
+    """The tokens of a prompt. An empty one becomes <|endoftext|>, with which documents begin."""
     tokens = encoding.encode(prompt, allowed_special="all") or [encoding.eot_token]
-    require(len(tokens) <= block_size, f"the prompt exceeds {block_size} tokens; shorten it")
+    if len(tokens) > block_size:
+        raise SystemExit(
+            f"error: the prompt has {len(tokens)} tokens, and the context {block_size}; shorten it"
+        )
     return tokens
 
-def print_samples(model: GPT2, encoding, cfg, prompt, seed):
+
+def print_samples(model, encoding, cfg, prompt, seed):
+    """Print cfg.num_samples continuations of a prompt, each up to the end of its document."""
     device = model.lm_head.weight.device
     tokens = encode_prompt(encoding, prompt, model.config.block_size)
-    idx = torch.tensor([tokens] * cfg.num_samples, device=device)
-    generator = torch.Generator(device).manual_seed(seed)
+    idx = torch.tensor([tokens] * cfg.num_samples, device=device)  # (num_samples, T)
+    generator = torch.Generator(device).manual_seed(seed)  # leaves all other randomness alone
     rows = model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, generator)
     for i, row in enumerate(rows.tolist()):
-        ends = [n for n in range(len(tokens), len(row)) if row[n] >= encoding.eot_token]
-        text = encoding.decode(row[: min(ends, default=None)])
-        text = (c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-        say(f"--- sample {i}\n{''.join(text)}")
+        end = len(tokens)
+        while end < len(row) and row[end] < encoding.eot_token:
+            end += 1
+        text = encoding.decode(row[:end])
+        # An untrained model may write control characters, which would confuse a terminal.
+        text = re.sub(r"[^\S\n\t ]|[\x00-\x08\x0e-\x1f\x7f-\x9f]", "\ufffd", text)
+        say(f"--- sample {i}\n{text}")
 
-# === Devices, and how much of a batch fits ===
-def peak_flops(cfg: TrainConfig) -> float:
-    """FLOP/s of all devices at best, in 16 bits: the 100% of MFU. 0 where not known."""
-    tera = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L4": 121, "T4": 65}
-    words = re.split(r"[ -]", torch.cuda.get_device_name()) if "cuda" in cfg.device else []
-    slower = cfg.dtype == "fp32" or {"PCIe", "NVL"} & {*words}
-    return 0 if slower else sum(tera.get(word, 0) for word in words) * 1e12 * WORLD_SIZE
 
-def choose_device(name: str | None) -> torch.device:
-    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    found += ["mps"] * (torch.mps.device_count() // WORLD_SIZE) + ["cpu"]
-    require(WORLD_SIZE == 1 or ":" not in (name or ""), f"--device {name} is one for all ranks")
-    mine = re.sub("^cuda(:0)?$", f"cuda:{LOCAL_RANK}", name or found[0])
-    require(mine in found, f"--device {mine} is not there; found {found}")
-    if mine.startswith("cuda"):
-        torch.cuda.set_device(mine)
-    return torch.device(mine)
+def get_encoding(name):
+    """The tiktoken.Encoding "gpt2" or "bytes". Raises SystemExit for another name, and where the
+    files of the tokenizer can't be had."""
+    require_sibling("fineweb.py")
+    from fineweb import get_encoding
 
-def native_dtype(device) -> str:
-    if device.type == "cuda":  # bf16 has float32's range; fp16 needs a scaler
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return get_encoding(name)
 
-def resolve(cfg: TrainConfig) -> torch.device:
-    """Fill in what was left to auto -> the device."""
-    device = choose_device(cfg.device)
-    cuda, cpu, cfg.device = device.type == "cuda", device.type == "cpu", str(device)
-    cfg.dtype = cfg.dtype or native_dtype(device)
-    demo = cfg.data is None and not find_shards(FINEWEB_DATA, "train")
-    auto = dict(
-        data=str(DEMO_DATA if demo else FINEWEB_DATA), log_dir="log_demo" if demo else "log",
-        model="gpt2", sequence_length=cfg.block_size, min_lr=0.1 * cfg.max_lr,
-        attention="manual" if cpu and cfg.dtype == "bf16" else "flash",  # which is slow at that
-        tf32=cuda, compile=cuda and cfg.model != "demo", fused_adamw=cuda or cpu,
-    )
-    for name in (name for name in auto if getattr(cfg, name) is None):
-        setattr(cfg, name, auto[name])
-    return device
 
-def check(cfg: TrainConfig):
-    C, T, B = cfg.n_embd, cfg.sequence_length, cfg.micro_batch_size or 1
-    part = f"a multiple of {B} sequences × {T} tokens × {WORLD_SIZE} processes"
-    require(max(cfg.n_layer * C, cfg.block_size) * C < 10**11, "no machine holds this model")
-    folder = next(p for p in Path(cfg.log_dir, "_").absolute().parents if p.exists())
-    require(os.access(f"{folder}/.", os.W_OK), f"--log_dir: {folder} can't be written")
-    require(C % cfg.n_head == 0, f"--n_embd {C} is not a multiple of --n_head {cfg.n_head}")
-    require(cfg.block_size >= T, f"--sequence_length {T} exceeds --block_size {cfg.block_size}")
-    require(cfg.total_batch_size % (B * T * WORLD_SIZE) == 0, f"--total_batch_size is not {part}")
-    require(cfg.warmup_steps <= cfg.max_steps, "--max_steps is under --warmup_steps")
-    require(cfg.min_lr <= cfg.max_lr, f"--min_lr {cfg.min_lr} exceeds --max_lr {cfg.max_lr}")
+def require_sibling(name):
+    """This file trains alone in a folder. Raises SystemExit where it needs another one."""
+    if not Path(__file__).with_name(name).exists():
+        raise SystemExit(f"error: {name} is missing; put it beside train_gpt2.py")
 
-def fit_micro_batch(run, forward) -> int:
-    """The micro-batch B: what is asked for, or a guess; less while memory runs out."""
-    T, tokens = run.cfg.sequence_length, 2**12
-    if run.device.type == "cuda":  # 2^16 keep any busy; 124M parameters take 28 GB for them
-        share = torch.cuda.mem_get_info()[0] / 36e9 * 124e6 / run.model.num_params()
-        tokens = 2**16 * min(1, share)
-    tokens = sum_over_ranks([tokens], run.device)[0] / WORLD_SIZE  # the same on all ranks
-    sequences = run.cfg.total_batch_size // (T * WORLD_SIZE)  # a step of this process
-    most = run.cfg.micro_batch_size or max(1, int(tokens / T))
-    for B in (b for b in range(most, 0, -1) if sequences % b == 0):
-        if sum_over_ranks([micro_batch_fits(B, run, forward)], run.device)[0] == WORLD_SIZE:
-            return B
-        say(f"out of memory with micro-batches of {B} sequences; trying fewer")
-        torch._dynamo.reset()  # what it compiled counts towards a limit
-    raise UserError(f"no room for one sequence of {T} tokens; see --activation_checkpointing")
 
-def micro_batch_fits(B: int, run, forward) -> bool:
-    """Try two micro-steps, of which the second adds to gradients that are there."""
-    try:
-        copies = 0 if run.optimizer.state else 2  # AdamW's moments are yet to come
-        _moments = [torch.empty_like(p) for p in copies * [*run.model.parameters()]]
-        x, y = torch.zeros(2, B, run.cfg.sequence_length, dtype=int, device=run.device)
-        for _ in range(2):
-            with run.autocast:
-                loss = forward(x, y)[1]
-            loss.backward()
-        return True
-    except Exception as error:
-        if re.search("out of memory|can't allocate memory", str(error)):
-            return False
-        if not run.cfg.compile:
-            raise
-        say(f"torch.compile can't be used here ({error!r:.100}); training without it")
-        torch.compiler.set_stance("force_eager")  # no Triton, no C++ compiler
-        run.cfg.compile = False
-        return micro_batch_fits(B, run, forward)
-    finally:
-        run.model.zero_grad(set_to_none=True)
+def get_questions(encoding):
+    """The questions of HellaSwag. Raises SystemExit where they can't be had."""
+    if not HELLASWAG_FILE.exists():
+        raise SystemExit(f"error: there is no {HELLASWAG_FILE}; python hellaswag.py makes it")
+    require_sibling("hellaswag.py")
+    from hellaswag import read_questions
 
-# === A run: what belongs to it, and its checkpoints ===
-class Run:
-    def __init__(self, cfg: TrainConfig):
-        self.cfg, self.device = cfg, resolve(cfg)
-        check(cfg)
-        torch.manual_seed(cfg.seed)  # the same weights on every rank
-        torch.set_float32_matmul_precision("high" if cfg.tf32 else "highest")
-        if cfg.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-        if WORLD_SIZE > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.open_data()
-        self.model = initial_model(cfg).to(self.device)
-        how = cfg.weight_decay, cfg.max_lr, cfg.fused_adamw
-        self.optimizer = self.model.configure_optimizers(*how)
-        kind, half = self.device.type, torch.float16 if cfg.dtype == "fp16" else torch.bfloat16
-        self.autocast = torch.autocast(kind, half, enabled=cfg.dtype != "fp32")
-        # Small gradients vanish in fp16: they are scaled up
-        self.scaler = torch.amp.GradScaler(kind, enabled=cfg.dtype == "fp16")
-        self.step, self.val_loss = 0, None  # steps done before; the last validation's
-    def open_data(self):
-        cfg, folder, self.encoding, self.questions = self.cfg, Path(self.cfg.data), None, None
-        manifest = read_manifest(folder)
-        cfg.encoding, cfg.vocab_size = manifest["encoding"], manifest["vocab_size"]
-        known = ENCODINGS.get(cfg.encoding) == cfg.vocab_size
-        if not known:
-            say(f"no samples, no HellaSwag: no encoding {cfg.encoding!r} has this size")
-        if known and cfg.sample_every:
-            try:
-                self.encoding = sibling("fineweb", "get_encoding", cfg.encoding)
-            except (ImportError, UserError) as error:
-                say(f"no samples: {error}")
-        if self.encoding:
-            encode_prompt(self.encoding, cfg.prompt, cfg.block_size)
-        asked = known and cfg.encoding == "gpt2" and cfg.hellaswag_every > 0
-        there = HELLASWAG_FILE.exists() and Path(__file__).with_name("hellaswag.py").exists()
-        if sum_over_ranks([asked and there], self.device)[0] == WORLD_SIZE:
-            self.questions = sibling("hellaswag", "read_questions", HELLASWAG_FILE)
-        elif asked:
-            say(f"no HellaSwag: no {HELLASWAG_FILE}; python hellaswag.py makes it")
-        if folder == DEMO_DATA and not folder.exists() and LOCAL_RANK == 0:
-            sibling("fineweb", "write_demo_data", folder)
-        sum_over_ranks([0], self.device)  # the others wait
-        self.train_loader, self.val_loader = map(self.loader, ("train", "val"))
-        cfg.val_tokens = min(cfg.val_tokens, self.val_loader.num_windows * cfg.sequence_length)
-        if not manifest.get("finished", True):
-            say(f"{folder} is not finished: {self.train_loader.num_tokens:,} tokens so far")
-    def loader(self, split: str) -> DataLoaderLite:
-        cfg, files = self.cfg, find_shards(Path(self.cfg.data), split)
-        none = f"--data {cfg.data} holds no {split} shard, NAME_{split}_000000.npy or .bin"
-        require(files, f"{none}; a smaller --shard_size makes more of them")
-        order = cfg.seed, cfg.shuffle and split == "train", cfg.vocab_size
-        loader = DataLoaderLite(files, 1, cfg.sequence_length, RANK, WORLD_SIZE, *order)
-        for k in range(min(99, loader.num_windows)):  # another encoding shows at once
-            loader.window(k)
-        return loader
-    def identity(self) -> dict:  # what must stay from start to start
-        names = (*SIZES, "pad_vocab", "seed", "shuffle", "total_batch_size", "sequence_length")
-        data = dict(windows=self.train_loader.num_windows, tokens=self.train_loader.num_tokens)
-        return {name: getattr(self.cfg, name) for name in names} | data
-    def save(self, step: int):
-        """Write model_<step>.pt, whole or not at all; then prune."""
-        finite = all(p.isfinite().all() for p in self.model.parameters())
-        require(finite, f"the weights after step {step - 1} are not finite; lower --max_lr")
-        path, keep = Path(self.cfg.log_dir, f"model_{step:05d}.pt"), self.cfg.keep_checkpoints
-        path = path.with_name(f"model_0{step:05d}.pt") if foreign(path) else path
-        state = dict(
-            format=2, step=step, val_loss=self.val_loss, config=asdict(self.model.config),
-            train_config=asdict(self.cfg), run=self.identity(), model=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+    return read_questions(HELLASWAG_FILE, encoding)
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints. They know the run, not the architecture: what the model is made of is up to GPT2.
+
+
+def run_identity(cfg, data_hash):
+    """What makes a run the one it is. All else may change whenever it is started again."""
+    names = ["pad_vocab", "seed", "shuffle", "total_batch_size", "sequence_length"]
+    return {name: getattr(cfg, name) for name in MODEL_SIZES + names} | dict(data=data_hash)
+
+
+def save_checkpoint(cfg, step, model, optimizer, scaler, identity):
+    """Write all that a run needs to go on after `step` steps, then remove older checkpoints. Raises
+    SystemExit where this can't be done."""
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise SystemExit(
+            f"error: the weights after {step} steps are not finite, and were not saved; "
+            "lower --max_lr, or try --dtype fp32"
         )
-        with user_error(f"{path} can't be written whole", "the last stands"), unfinished(path) as p:
-            torch.save(state, p)
-        paths = [path for other, path in checkpoints(path.parent).items() if other <= step]
-        for path in paths[:-keep]:  # none of them, if keep is 0
-            path.unlink()
-    def resume(self):
-        """Put the newest checkpoint back in place, if there is one."""
-        cfg, where, state = self.cfg, self.cfg.log_dir, newest_checkpoint(Path(self.cfg.log_dir))
-        seen = [self.identity() | dict(step=state["step"] if state else 0)] * WORLD_SIZE
-        if WORLD_SIZE > 1:
-            dist.all_gather_object(seen, seen[0])
-        same = seen.count(seen[0]) == WORLD_SIZE
-        require(same, f"the processes do not see the same data and checkpoints: {seen}")
-        if state is None:
-            return
-        theirs = {**state["config"], **state.get("train_config", {}), **state.get("run", {})}
-        for name, ours in self.identity().items():
-            old = theirs.get(name, ours)  # format 1 does not know its data
-            other = f"{where} holds another run: its {name} is {old}, and here {ours}"
-            require(old == ours, f"{other}; choose another --log_dir, or the old flags and data")
-        past = f"{where} is past --max_steps {cfg.max_steps}; choose more"
-        require(state["step"] <= cfg.max_steps, past)
-        with user_error(f"{where} holds no run to go on with", "choose another --log_dir"):
-            load_weights(self.model, state["model"], where)
-            rates = self.optimizer.state_dict()["param_groups"]  # and decay: as the flags say now
-            self.optimizer.load_state_dict(dict(state["optimizer"], param_groups=rates))
-            if state["scaler"]:  # in fp16
-                self.scaler.load_state_dict(state["scaler"])
-            if cfg.deterministic and not cfg.micro_batch_size:  # other sums round differently
-                cfg.micro_batch_size = state["train_config"]["micro_batch_size"]
-            self.step, self.val_loss = state["step"], state["val_loss"]
-        own = "; its own weights go on: --init_from needs another --log_dir"
-        say(f"resuming {where} after {self.step:,} steps{own * (cfg.init_from != 'scratch')}")
-
-def sibling(file, function, *args):
+    checkpoint = dict(
+        step=step,
+        model=model.state_dict(),
+        optimizer=optimizer.state_dict(),
+        scaler=scaler.state_dict(),
+        config={f.name: getattr(cfg, f.name) for f in fields(GPT2Config)},
+        train_config=asdict(cfg),
+        identity=identity,
+    )
+    # A kill may come at any moment, so the file gets its name when all of it is on the disk.
+    path = Path(cfg.log_dir, checkpoint_name(step))
+    partial = path.with_suffix(".tmp")
     try:
-        return getattr(importlib.import_module(file), function)(*args)
-    except ValueError as error:
-        require(type(error).__name__ != "UserError", str(error))  # over there a class of its own
-        raise
+        with open(partial, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # PyTorch turns a full disk into a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise SystemExit(
+            f"error: {path} can't be written ({first_line(error)}); make room, and the same "
+            "command goes on from the checkpoint before it, if there is one"
+        ) from error
+    # Only now that it is safe, the older ones may go. There may be newer ones, of a run that was
+    # started again from an older checkpoint, because a newer one was damaged.
+    older = [other for other in checkpoint_paths(path.parent) if step_of(other) <= step]
+    for other in older[: -cfg.keep_checkpoints]:  # none, if it is 0
+        try:
+            other.unlink()
+        except OSError as error:
+            say(f"{other} can't be removed ({error.strerror}), and stays")
 
-def initial_model(cfg: TrainConfig) -> GPT2:
-    config, weights = vars(cfg).pop("loaded", None) or read_pretrained(cfg.init_from) or (cfg, None)
-    if cfg.vocab_size < config.vocab_size < 1.001 * cfg.vocab_size:  # special tokens
-        cfg.vocab_size = config.vocab_size
-    for size in SIZES:
-        differs = f"{cfg.init_from} has {size} {getattr(config, size)}, not {getattr(cfg, size)}"
-        require(getattr(config, size) == getattr(cfg, size), f"{differs}; see the flags, or --data")
-    model = GPT2(GPT2Config(**{f.name: getattr(cfg, f.name) for f in fields(GPT2Config)}))
-    return load_weights(model, weights, cfg.init_from) if weights else model
 
-def foreign(path: Path) -> bool:
-    """Whether it is another program's: build-nanogpt's are called as ours."""
-    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
-        return b"\6\0\0\0format" not in archive.open(archive.namelist()[0]).read(2**20)
+def checkpoint_name(step):
+    return f"checkpoint_{step:05d}.pt"
 
-def checkpoints(log_dir: Path) -> dict:
-    paths = [path for path in log_dir.glob("model_*.pt") if path.stem[6:].isdecimal()]
-    return dict(sorted((int(path.stem[6:]), path) for path in paths if not foreign(path)))
 
-def load_checkpoint(path: Path) -> dict:
-    """What a checkpoint holds. Tensors are mapped (if its name is UTF-8), and no code runs."""
-    with user_error(f"{path} can't be read as a checkpoint", "choose another"):
+def step_of(path):
+    return int(path.stem.removeprefix("checkpoint_"))
+
+
+def checkpoint_paths(log_dir):
+    """The checkpoints of a folder, the newest last."""
+    paths = [p for p in log_dir.glob("checkpoint_*.pt") if re.fullmatch(r"checkpoint_\d+", p.stem)]
+    return sorted(paths, key=step_of)
+
+
+def load_checkpoint(path):
+    """What torch.save wrote into a file. Runs no code in it. Raises SystemExit for another file."""
+    try:
         damaged = zipfile.ZipFile(path).testzip()  # torch.load compares no checksums
-        state = dict(torch.load(path, "cpu", weights_only=True, mmap=str(path).isprintable()))
-        step, known = state.get("step"), state.get("format") in (1, 2)
-        if damaged or not known or type(step) is not int or step < 0:
-            raise ValueError("damaged, or another program's")
-        config_of(state["config"], state["model"])
-        return state
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
+        # build-nanogpt's files hold an object of its class GPTConfig. A namespace will do for it.
+        stand_in = (types.SimpleNamespace, "__main__.GPTConfig")
+        with torch.serialization.safe_globals([stand_in]):
+            return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except Exception as error:  # a damaged or foreign file fails anywhere in zipfile or torch
+        raise SystemExit(
+            f"error: {path} can't be read as a checkpoint ({first_line(error)}); choose another"
+        ) from error
 
-def config_of(sizes: dict, weights: dict) -> GPT2Config:
-    """No model is built of sizes that a file only claims."""
-    config = GPT2Config(**sizes)
-    L, C, heads = config.n_layer, config.n_embd, config.n_head
-    fits = weights["transformer.wpe.weight"].shape == (config.block_size, C)
-    fits = fits and 0 < L < len(weights) and C % heads == 0 < heads
-    if not fits or not 0 < config.vocab_size <= len(weights["transformer.wte.weight"]):
-        raise ValueError("its sizes are not those of its weights")
-    return config
 
-def load_weights(model: GPT2, weights: dict, where: str) -> GPT2:
-    """Put a state dict into the model; the vocabulary of each may be padded."""
-    V, rows = model.config.vocab_size, model.config.padded_vocab_size
-    with user_error(f"{where} holds another model", "choose another"):
-        table = weights["transformer.wte.weight"]
-        if len(table) - V < 128:
-            table = F.pad(table[:V], (0, 0, 0, rows - V))
-        model.load_state_dict(weights | {"transformer.wte.weight": table, "lm_head.weight": table})
-        return model
-
-def read_pretrained(what: str) -> tuple[GPT2Config, dict] | None:
-    """Config and state dict of a checkpoint, or of what hellaswag.read_model knows."""
-    if what == "scratch":
-        return None
-    if Path(what).is_file() and not foreign(Path(what)):
-        state = load_checkpoint(Path(what))
-        return GPT2Config(**state["config"]), state["model"]
-    return sibling("hellaswag", "read_model", what, config_of)
-
-def newest_checkpoint(log_dir: Path) -> dict | None:
-    """A folder's newest checkpoint that can be read, None where there is none."""
-    for path in filter(foreign, log_dir.glob("model_*.pt")):
-        say(f"{path} is another program's, and stays")
-    for path in reversed(paths := checkpoints(log_dir).values()):
+def newest_checkpoint(log_dir):
+    """The newest checkpoint of a folder that can be read, None where there are none. Raises
+    SystemExit where there are some, and none can be read."""
+    paths = checkpoint_paths(log_dir)
+    for path in reversed(paths):
         try:
             return load_checkpoint(path)
-        except UserError as error:
-            say(f"{error}; trying the one before it")
-    require(not paths, f"no checkpoint in {log_dir} can be read; choose another --log_dir")
+        except SystemExit as error:
+            say(f"{reason(error)}; trying the one before it")
+    if paths:
+        raise SystemExit(f"error: no checkpoint in {log_dir} can be read; choose another --log_dir")
+    return None
 
-# === The log, and a picture of it ===
-def locked(log_dir: Path):
-    """A context that keeps other runs out of a folder."""
-    with user_error(f"--log_dir {log_dir} is another run's, or read-only", "choose another"):
-        log_dir.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(log_dir / ".lock", timeout=5)  # a killed run may be dying still
-        return lock.acquire() if RANK == 0 else contextlib.nullcontext()
 
-def open_log(log_dir: Path, start: int):
-    """Open log.txt to go on at step `start`; lines from there on come again."""
-    path = log_dir / "log.txt"
-    with user_error(f"--log_dir {log_dir} can't hold the log of this run", "choose another"):
-        if path.exists() and start == 0:  # an old log stays
-            path.rename(log_dir / f"log_{path.stat().st_mtime_ns}.txt")
-        text = path.read_text(errors="replace") if path.exists() else ""
-        lines = re.findall(r"^((\d+) \w+ [-+.\w]+\n)", text, re.MULTILINE)  # a kill may break one
-        require(lines or not text.strip(), f"--log_dir {log_dir}: log.txt is no log; move it away")
-        with unfinished(path) as partial:
-            partial.write_text("".join(line for line, step in lines if int(step) < start))
-        return open(path, "ab", buffering=0)
+def latest_log_dir():
+    """Of log and log_demo the folder with the newest checkpoint, by the time of the file."""
+    paths = checkpoint_paths(Path("log")) + checkpoint_paths(Path("log_demo"))
+    return str(max(paths, key=os.path.getmtime, default=Path("log/none")).parent)
 
-class Progress:
-    """The figures of each step: printed, written to log.txt, checked. To read a figure is to wait
-    for the GPU. So those of a step are read when some of the next has been queued, and the GPU
-    always has work. With them ranks tell each other of a signal: all stop after the same step."""
-    def __init__(self, run: Run):
-        self.run, self.cfg, self.unread = run, run.cfg, None
-        self.signum, self.stopping = 0, False  # a signal that came here; the same on all ranks
-    def __enter__(self):
-        self.file = open_log(Path(self.cfg.log_dir), self.run.step) if RANK == 0 else None
-        self.before, hangup = {}, getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
-        for signum in {signal.SIGINT, signal.SIGTERM, hangup}:
-            if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup wants it
-                self.before[signum] = signal.signal(signum, self.note)
-        self.started = self.clock = time.perf_counter()
-        return self
-    def __exit__(self, *exception):
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
-    def note(self, signum, frame):
-        self.signum = self.signum or signum  # torchrun and batch systems both send a SIGTERM
-        if signum == signal.SIGINT:  # a second Ctrl-C stops at once
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-    def until_signal(self, items):
-        hide = None if RANK == 0 and sys.stderr else True  # None: shown on a terminal
-        bar = tqdm(items, "evaluation", leave=False, delay=1, disable=hide)
-        return (item for item in bar if not self.signum)
-    def stop_if_signalled(self) -> bool:  # at any rank
-        self.stopping = sum_over_ranks([self.signum], self.run.device)[0] > 0
-        return self.stopping
-    def step(self, t, lr, loss, norm):
-        figures = torch.stack((loss, norm, torch.full_like(norm, self.signum))) / WORLD_SIZE
-        if WORLD_SIZE > 1:
-            dist.all_reduce(figures)
-        copied = None
-        if figures.is_cuda:  # behind the step
-            figures, copied = figures.to("cpu", non_blocking=True), torch.cuda.Event()
-            copied.record()
-        self.unread = t, lr, figures, copied
-        if self.stopping or copied is None:
-            self.read()
-    def read(self):
-        if self.unread is None:
-            return
-        (t, lr, figures, copied), self.unread = self.unread, None
-        if copied:
-            copied.synchronize()
-        loss, norm, signum = figures.tolist()
-        self.stopping = self.stopping or signum > 0
-        # In fp16 a step is skipped whose gradients overflow, and the next has half the scale
-        fine = math.isfinite(norm) or self.run.scaler.get_scale() > 1
-        wrong = f"step {t}: loss {loss}, gradient norm {norm}"
-        require(math.isfinite(loss) and fine, f"{wrong}; lower --max_lr, or try --dtype fp32")
-        seconds = time.perf_counter() - self.clock
-        self.clock += seconds
-        tps = self.cfg.total_batch_size / seconds
-        self.record(t, train=loss, lr=lr, norm=norm, tps=tps)
-        if t % self.cfg.print_every == 0 or t + 1 == self.cfg.max_steps:
-            speed = f"{seconds * 1e3:.0f} ms | {tps:,.0f} tok/s | {self.outlook(t, tps)}"
-            self.say(t, f"loss {loss:.4f} | lr {lr:.4e} | norm {norm:.2f} | {speed}")
-    def outlook(self, t, tps) -> str:
-        a_step = (self.clock - self.started) / (t + 1 - self.run.step)
-        minutes, s = divmod(int(a_step * (self.cfg.max_steps - t - 1)), 60)
-        eta = f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{s:02d}s"
-        flops, peak = self.run.model.flops_per_token(self.cfg.sequence_length), peak_flops(self.cfg)
-        return f"mfu {flops * tps / peak:.1%} | eta {eta}" if peak else f"eta {eta}"
-    def say(self, t, message):
-        say(f"step {t:5d}/{self.cfg.max_steps} | {message}")
-    def record(self, t, **streams):
-        lines = "".join(f"{t} {name} {value:.8g}\n" for name, value in streams.items()).encode()
-        with user_error("log.txt can't be written", "the newest checkpoint stands"):
-            if self.file and self.file.write(lines) < len(lines):
-                raise OSError("the disk is full")
 
-def draw_curves(log_dir: Path, n_embd=768, fineweb=True):
-    """Draw log.txt as curves.png, beside what is published for this size."""
-    hella = {768: 0.2945, 1024: 0.3752, 1280: 0.4320, 1600: 0.4889}.get(n_embd)  # acc_norm
-    published = dict(train=3.2924 if fineweb and n_embd == 768 else None, hella=hella)
-    points, panels = {}, (("train", "val"), ("hella",), ("norm",), ("tps",))
+def weights_of_file(path):
+    """Configuration and state dict of a checkpoint of this program, nanoGPT or build-nanogpt.
+    Raises SystemExit for another file."""
+    checkpoint = load_checkpoint(path)
+    if "identity" in checkpoint:
+        return GPT2Config(**checkpoint["config"]), checkpoint["model"]
     try:
-        from matplotlib.figure import Figure  # not pyplot, which may look for a screen
-        for line in (log_dir / "log.txt").read_text().splitlines():
-            step, stream, value = line.split()
-            points.setdefault(stream, []).append((int(step), float(value)))
-        figure = Figure(figsize=(12, 8), layout="constrained")
-        for i, streams in enumerate((p for p in panels if points.keys() & {*p}), 1):
-            axes = figure.add_subplot(-(-len(panels) // 2), 2, i, xlabel="step")
-            for stream in filter(points.get, streams):
-                label = f"{stream}, {points[stream][-1][1]:.5g} now"
-                axes.plot(*np.transpose(points[stream]), label=label)
-            if height := published.get(streams[0]):
-                axes.axhline(height, label=f"published: {height}")
-            axes.legend()
-        figure.savefig(log_dir / "curves.png")
-    except Exception as error:  # no matplotlib, a full disk, a log that is none
-        say(f"{log_dir}/curves.png can't be drawn ({error!r})")
+        sizes = checkpoint.get("model_args") or vars(checkpoint["config"])
+        if sizes["vocab_size"] == 50304:
+            sizes["vocab_size"] = 50257  # the rest is padding
+        weights = {}
+        for name, value in checkpoint["model"].items():
+            name = re.sub(r"^((_orig_mod|module)\.)+", "", name)  # torch.compile's, and DDP's
+            if not name.endswith(".attn.bias"):  # a causal mask
+                weights[name] = value
+        table = weights["transformer.wte.weight"]
+        if not table.equal(weights.get("lm_head.weight", table)):
+            raise KeyError("the output head is not the embedding")
+        weights["transformer.ln_f.bias"]  # nanoGPT can leave biases out
+        return config_of_sizes(sizes), weights
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SystemExit(
+            f"error: {path} does not hold a GPT-2 of this program, nanoGPT or build-nanogpt "
+            f"({error!r}); choose another file"
+        ) from error
 
-# === Training ===
-def get_lr(t: int, cfg: TrainConfig) -> float:
-    """The learning rate of step t: linear warm-up, since Adam's first estimates are poor, then half
-    a cosine from the peak down to min_lr (Loshchilov & Hutter, 2017, arXiv:1608.03983)."""
-    if t < cfg.warmup_steps:
-        return cfg.max_lr * (t + 1) / cfg.warmup_steps
-    progress = (t - cfg.warmup_steps) / (cfg.max_steps - cfg.warmup_steps)
-    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.max_lr - cfg.min_lr)
 
-def once_in_a_while(t, run: Run, compiled, progress: Progress):
-    """What is due before step t. All ranks enter; a signal cuts it short."""
-    cfg, last = run.cfg, t == run.cfg.max_steps
-    often = cfg.val_every, cfg.hellaswag_every, cfg.sample_every, cfg.checkpoint_every
-    validate, question, sample, keep = (n > 0 and (t % n == 0 or last) for n in often)
-    if not (validate or question or sample or keep or last or progress.stopping):
+# -----------------------------------------------------------------------------
+# Log, and what asks a run to stop
+
+
+def lock_log_dir(log_dir):
+    """Make the folder, and keep other runs out of it as long as the returned context lasts. Raises
+    SystemExit where that can't be done."""
+    if RANK != 0:
+        return contextlib.nullcontext()
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        # A run that was killed may need a few seconds to die.
+        return filelock.FileLock(log_dir / ".lock").acquire(timeout=5)
+    except OSError as error:  # filelock.Timeout is one, too
+        raise SystemExit(
+            f"error: --log_dir {log_dir} is in use by another run, or can't be written "
+            f"({first_line(error)}); choose another"
+        ) from error
+
+
+class Logger:
+    """The figures of a run: on the screen, all of them in log.txt, and as curves.png.
+
+    log.txt has a line `step stream value` for each figure. When a run goes on at `first_step`, the
+    lines from that step on are removed, since they will come again. On ranks other than 0, a logger
+    does nothing.
+    """
+
+    def __init__(self, cfg, first_step, flops_per_token):
+        self.cfg = cfg
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops(cfg)
+        self.recent_seconds = collections.deque(maxlen=50)
+        self.path = Path(cfg.log_dir, "log.txt")
+        self.file = None
+        if RANK == 0:
+            self.drop_lines(first_step)
+            self.file = open(self.path, "a", buffering=1)
+
+    def drop_lines(self, first_step):
+        if not self.path.exists():
+            return
+        if first_step == 0:
+            # The log of a run that left no checkpoint is kept under another name.
+            self.path.rename(self.path.with_name(f"log_{self.path.stat().st_mtime_ns}.txt"))
+            return
+        # A kill may have broken the last line.
+        text = self.path.read_text(errors="replace")
+        lines = re.findall(r"^((\d+) \w+ [-+.\w]+\n)", text, re.MULTILINE)
+        partial = self.path.with_suffix(".tmp")
+        partial.write_text("".join(line for line, step in lines if int(step) < first_step))
+        partial.replace(self.path)
+
+    def write(self, step, **figures):
+        """Add figures to log.txt."""
+        if self.file is None:
+            return
+        lines = [f"{step} {stream} {value:.8g}\n" for stream, value in figures.items()]
+        try:
+            self.file.write("".join(lines))
+        except OSError as error:
+            raise SystemExit(
+                f"error: {self.path} can't be written ({error.strerror}); make room, and the same "
+                "command goes on from the newest checkpoint"
+            ) from error
+
+    def say(self, step, message):
+        say(f"step {step:5d}/{self.cfg.max_steps} | {message}")
+
+    def step(self, step, loss, lr, norm, seconds):
+        """Write the figures of a training step, and print them every cfg.print_every steps."""
+        self.recent_seconds.append(seconds)
+        tps = self.cfg.total_batch_size / seconds
+        self.write(step, train=loss, lr=lr, norm=norm, tps=tps)
+        steps_left = self.cfg.max_steps - step - 1
+        if step % self.cfg.print_every != 0 and steps_left > 0:
+            return
+        speed = f"{seconds * 1e3:.0f} ms | {tps:,.0f} tok/s"
+        if self.peak_flops:
+            speed += f" | mfu {self.flops_per_token * tps / self.peak_flops:.1%}"
+        eta = duration(steps_left * np.mean(self.recent_seconds))
+        self.say(step, f"loss {loss:.4f} | lr {lr:.4e} | norm {norm:.2f} | {speed} | eta {eta}")
+
+    def draw_curves(self):
+        try:
+            if self.file:
+                draw_curves(self.cfg)
+        except (ImportError, OSError) as error:  # no matplotlib, or a full disk
+            say(f"curves.png can't be drawn ({first_line(error)})")
+
+    def close(self):
+        if self.file:
+            with contextlib.suppress(OSError):  # a full disk, which has been reported
+                self.file.close()
+
+
+def duration(seconds):
+    """Seconds as 2m05s, or 1h46m."""
+    minutes, seconds = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{seconds:02d}s"
+    return f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+# What is published for GPT-2, by its layers and channels: the accuracy on HellaSwag (acc_norm), and
+# the validation loss on FineWeb-Edu that build-nanogpt and llm.c compare with
+PUBLISHED_FIGURES = {
+    (12, 768): dict(hella=0.2945, train=3.2924),
+    (24, 1024): dict(hella=0.3752),
+    (36, 1280): dict(hella=0.4320),
+    (48, 1600): dict(hella=0.4889),
+}
+UNITS = dict(
+    train="loss (nats per token)",
+    norm="gradient norm, before clipping",
+    tps="throughput (tokens per second)",
+    hella="HellaSwag accuracy (acc_norm)",
+)
+
+
+def draw_curves(cfg):
+    """Draw log.txt as curves.png, beside what is published for a model of this size."""
+    from matplotlib.figure import Figure  # pyplot would look for a screen
+
+    curves = collections.defaultdict(list)
+    for line in Path(cfg.log_dir, "log.txt").read_text().splitlines():
+        step, stream, value = line.split()
+        curves[stream].append((int(step), float(value)))
+    published = PUBLISHED_FIGURES.get((cfg.n_layer, cfg.n_embd), {})
+
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    top = ["train", "hella"] if curves["hella"] else ["train", "train"]
+    for stream, axes in figure.subplot_mosaic([top, ["norm", "tps"]]).items():
+        axes.set(xlabel="step", ylabel=UNITS[stream])
+        axes.grid(alpha=0.3)
+        if curves[stream]:
+            steps, values = np.array(curves[stream]).T
+            axes.plot(steps, values, color="C0", alpha=0.3)
+            window = math.ceil(len(values) / 50)
+            trend = np.convolve(values, np.full(window, 1 / window), mode="valid")
+            if stream == "tps":
+                trend = np.full_like(trend, np.median(values))
+            axes.plot(steps[window - 1 :], trend, label=f"{stream}: {trend[-1]:,.5g}")
+        if stream == "train" and curves["val"]:
+            steps, values = np.array(curves["val"]).T
+            axes.plot(steps, values, "o-", label=f"val: {values[-1]:.5g}")
+        # A loss can only be compared with one on the same data.
+        if stream in published and (stream == "hella" or Path(cfg.data) == FINEWEB_DATA):
+            label = f"published: {published[stream]}"
+            axes.axhline(published[stream], color="gray", linestyle="--", label=label)
+        axes.legend()
+    figure.savefig(Path(cfg.log_dir, "curves.png"), dpi=120)
+
+
+class StopSignal:
+    """Notes a signal that asks the run to stop, so that it can finish its step and save first.
+
+    SIGINT is Ctrl-C, SIGTERM comes from torchrun and batch systems, SIGHUP from a lost connection.
+    """
+
+    def __init__(self):
+        self.signum = 0
+        self.previous_handlers = {}
+
+    def __enter__(self):
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+        if threading.current_thread() is threading.main_thread():  # others may not do this
+            for signum in {signal.SIGINT, signal.SIGTERM, hangup}:
+                # nohup asks for SIGHUP to be ignored, and so it stays.
+                if signal.getsignal(signum) != signal.SIG_IGN:
+                    self.previous_handlers[signum] = signal.signal(signum, self.handle)
+        return self
+
+    def __exit__(self, *exception):
+        for signum, handler in self.previous_handlers.items():
+            signal.signal(signum, handler)
+
+    def handle(self, signum, frame):
+        self.signum = self.signum or signum
+        if signum == signal.SIGINT:
+            # Whoever presses Ctrl-C once more does not want to wait.
+            signal.signal(signum, signal.default_int_handler)
+
+    def on_any_rank(self):
+        """Whether a signal has reached any rank. All of them have to call this."""
+        return any(gather_from_ranks(self.signum))
+
+    def watch(self, batches):
+        """The batches of an evaluation, up to a signal, with a progress bar on a terminal."""
+        hidden = None if RANK == 0 and sys.stderr else True  # None hides it where no terminal is
+        for batch in tqdm(batches, "evaluation", leave=False, delay=1, disable=hidden):
+            if self.signum:
+                return
+            yield batch
+
+
+# -----------------------------------------------------------------------------
+# Set-up: device, processes, precision, and how much fits into memory
+
+
+def choose_device(name):
+    """The named device, or the fastest there is. Raises SystemExit where it is not there."""
+    found = ["cpu"]
+    if torch.backends.mps.is_available() and WORLD_SIZE == 1:
+        found.insert(0, "mps")
+    for i in reversed(range(torch.cuda.device_count())):
+        if WORLD_SIZE == 1 or i == LOCAL_RANK:  # each rank has a GPU of its own
+            found.insert(0, f"cuda:{i}")
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else found[0]
+    if name == "cuda":
+        name = f"cuda:{LOCAL_RANK}"
+    if name not in found:
+        raise SystemExit(f"error: this process has no device {name}, but {' and '.join(found)}")
+    if name.startswith("cuda"):
+        torch.cuda.set_device(name)
+    return torch.device(name)
+
+
+def join_processes(device):
+    """Join the other processes of torchrun. Raises SystemExit where the environment is wrong."""
+    if WORLD_SIZE == 1 or dist.is_initialized():
         return
-    progress.read()
-    with run.autocast:
-        if validate and not progress.stopping:
-            how = cfg.val_tokens, run.device, progress.until_signal
-            loss = validation_loss(compiled, run.val_loader, *how)
-            if not progress.stop_if_signalled():
-                run.val_loss = loss
-                progress.record(t, val=loss)
-                progress.say(t, f"val loss {loss:.4f}, perplexity {math.exp(min(loss, 99)):.2f}")
-        if question and run.questions and not progress.stopping:
-            mine = run.questions[RANK::WORLD_SIZE], run.device, progress.until_signal
-            hits = sum_over_ranks(sibling("hellaswag", "count_hits", run.model, *mine), run.device)
-            if not progress.stop_if_signalled():
-                acc, acc_norm = (n / len(run.questions) for n in hits)
-                progress.record(t, hella=acc_norm)
-                progress.say(t, f"hellaswag acc {acc:.4f}, acc_norm {acc_norm:.4f}")
-        if RANK == 0 and sample and run.encoding and t > 0 and not progress.stopping:
-            print_samples(run.model, run.encoding, cfg, cfg.prompt, seed=cfg.seed + t)
-    if RANK == 0 and t > run.step and (keep or last or progress.stopping):
-        if cfg.checkpoint_every:
-            run.save(t)
-        draw_curves(Path(cfg.log_dir), cfg.n_embd, cfg.data == str(FINEWEB_DATA))
-    progress.clock = time.perf_counter()  # none of this was a step's time
+    missing = {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    if missing or RANK >= WORLD_SIZE:
+        raise SystemExit(
+            "error: WORLD_SIZE is set, but not with the other variables of torchrun "
+            "(RANK, MASTER_ADDR, MASTER_PORT); start with torchrun, or unset it"
+        )
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-def train(cfg: TrainConfig) -> int:
-    """Train as `cfg` says, on from the newest checkpoint -> exit code: 0, or 128 + the signal."""
-    run = Run(cfg)
-    with locked(Path(cfg.log_dir)):
-        run.resume()
-        # Training and validation compile once each; what has many shapes does not
-        ddp = compiled = torch.compile(run.model, dynamic=False) if cfg.compile else run.model
-        if WORLD_SIZE > 1:
-            ddp = nn.parallel.DistributedDataParallel(compiled, gradient_as_bucket_view=True)
-            ddp.require_backward_grad_sync = False  # or ranks wait for one out of memory
-        B = cfg.micro_batch_size = fit_micro_batch(run, ddp)
-        A = cfg.total_batch_size // (B * cfg.sequence_length * WORLD_SIZE)  # micro-steps a step
-        run.train_loader.B = run.val_loader.B = B
-        say(str(cfg))
-        step = f"{B} sequences × {cfg.sequence_length} tokens × {A} micro-steps"
-        say(f"{run.model.num_params():,} parameters; a step: {step} × {WORLD_SIZE} processes")
-        validation = f"a validation: {cfg.val_tokens:,} of {run.val_loader.num_tokens:,} tokens"
-        say(f"{validation}; knowing nothing costs ln V = {math.log(cfg.vocab_size):.4f}")
-        batch = to_device(run.train_loader.batch(run.step * A), run.device)
-        with Progress(run) as progress:
-            for t in range(run.step, cfg.max_steps + 1):
-                once_in_a_while(t, run, compiled, progress)
-                if t == cfg.max_steps or progress.stopping:
-                    break
-                # One step, from tokens to new weights
-                lr = get_lr(t, cfg)
-                for group in run.optimizer.param_groups:
-                    group["lr"] = lr
-                train_loss = 0.0
-                for m in range(A):
-                    x, y = batch
-                    if WORLD_SIZE > 1:  # gradients are exchanged once, at the last micro-step
-                        ddp.require_backward_grad_sync = m == A - 1
-                    with run.autocast:
-                        # backward() adds up, but the loss is the mean over the whole batch
-                        loss = ddp(x, y)[1] / A
-                    run.scaler.scale(loss).backward()
-                    train_loss += loss.detach()
-                    batch = to_device(run.train_loader.batch(t * A + m + 1), run.device)
-                    progress.read()  # the step before, now that the GPU has work
-                run.scaler.unscale_(run.optimizer)
-                # Odd text can have a gradient many times the usual: its length is cut
-                norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
-                run.scaler.step(run.optimizer)
-                run.scaler.update()
-                run.optimizer.zero_grad(set_to_none=True)
-                progress.step(t, lr, train_loss, norm)
-    if not progress.stopping:
-        return 0
-    saved = "the same command goes on from there" if cfg.checkpoint_every else "nothing saved"
-    say(f"stopped after {t:,} steps; {saved}")
-    return 128 + (progress.signum or signal.SIGTERM)
 
-# === Command line ===
-def parse_flags(argv: list[str] | None) -> TrainConfig:
-    """Defaults, replaced by what the named model brings, replaced by what is given."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = functools.partial(require, False)
-    flags = {f.name: f for f in fields(TrainConfig) if f.metadata}
-    for name, f in flags.items():
-        about, default = f.metadata, "" if f.default is None else f" ({f.default})"
-        how = dict(type=about["kind"], choices=about["choices"])
-        how = dict(action=argparse.BooleanOptionalAction) if about["kind"] is bool else how
-        parser.add_argument(f"--{name}", help=about["help"] + default, **how)
-    given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        low = flags[name].metadata["low"]  # and nan is not
-        require(low is None or low <= value < 2**63, f"--{name} {value} is not from {low} to 2^63")
-        require(value != "" or name in ("prompt", "generate"), f"--{name} is empty; leave it out")
-    demo = "data" not in given and not find_shards(FINEWEB_DATA, "train")
-    if demo and not {"generate", "export"} & given.keys():
-        say(f"no shards in {FINEWEB_DATA} (python fineweb.py makes them): training on Python's own")
-    init_from = given.get("init_from", "scratch")
-    model = given.get("model", "demo" if demo else init_from if init_from in MODELS else "gpt2")
-    brought = dict(MODELS[model], model=model)
-    if loaded := read_pretrained(init_from):
-        brought |= {name: getattr(loaded[0], name) for name in (*SIZES, "pad_vocab")}
-    cfg = TrainConfig(**{**brought, **given})
-    cfg.loaded = loaded  # for initial_model and use
-    return cfg
+def choose_dtype(device):
+    """The fastest precision that trains well on a device."""
+    if device.type == "cuda":
+        # bf16 has the range of float32 with fewer digits. Older GPUs have fp16 only, whose small
+        # range needs loss scaling.
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return "bf16"
+    return "fp32"
 
-def use(cfg: TrainConfig) -> int:
-    """Do what --generate or --export says, with the newest checkpoint or --init_from."""
-    device, where = resolve(cfg), cfg.init_from
-    if where == "scratch":
-        where, state = cfg.log_dir, newest_checkpoint(Path(cfg.log_dir))
-        require(state, f"no checkpoint in {where}; train first, or see --init_from, --log_dir")
-        config, weights = GPT2Config(**state["config"]), state["model"]
-    else:
-        config, weights = cfg.loaded
-    model = load_weights(GPT2(replace(config, attention=cfg.attention)), weights, where)
-    if cfg.export is not None and RANK == 0:
-        say(sibling("hellaswag", "write_model", cfg.export, asdict(config), model.state_dict()))
-    if cfg.generate is not None:
-        fits = [name for name, V in ENCODINGS.items() if V <= config.vocab_size < 1.001 * V]
-        name = config.encoding or [*fits, f"of {config.vocab_size} tokens"][0]  # unknown
-        encoding = sibling("fineweb", "get_encoding", name)
-        print_samples(model.to(device), encoding, cfg, cfg.generate, cfg.seed)
+
+def set_precision(device, dtype):
+    """Set the precision of float32 matrix products, and return the context to compute in.
+
+    fp32 is exact. tf32 rounds the factors of products to 10 bits where the device can. bf16 and
+    fp16 compute products in 16 bits, and what stays in float32 may use TF32.
+    """
+    tf32 = device.type == "cuda" and dtype != "fp32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    half = torch.float16 if dtype == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, half, enabled=dtype in ("bf16", "fp16"))
+
+
+def choose_compile(asked, device, model_name):
+    """Whether to use torch.compile. It is tried first, as it needs a compiler that may be missing:
+    then it is left out, and if it was asked for, SystemExit is raised."""
+    wanted = device.type == "cuda" and model_name != "demo" if asked is None else asked
+    if not wanted:
+        return False
+    try:
+        torch.compile(torch.sin)(torch.ones(1, device=device))
+        return True
+    except Exception as error:  # whatever Triton, a C++ compiler or a driver has to say
+        reason = f"torch.compile does not work here ({first_line(error)})"
+    if asked:
+        raise SystemExit(f"error: {reason}; install a compiler, or leave out --compile")
+    say(f"{reason}; training without it")
+    return False
+
+
+def activation_bytes_per_token(cfg):
+    """Bytes of memory that the forward and backward pass take per token, estimated from above.
+
+    Measured for the 124M model on an H100 (tests/BENCHMARKS.md) they are at most 0.8 of these.
+    """
+    number = 2 if cfg.dtype in ("bf16", "fp16") else 4  # bytes of one
+    # Compiled code stores 16 vectors of n_embd numbers a layer, and the logits twice. Otherwise
+    # every operation stores its result, much of it in float32 whatever the precision.
+    layer = cfg.n_embd * (16 * number if cfg.compile else 64)
+    logits = cfg.padded_vocab_size * (2 * number if cfg.compile else 12)
+    if cfg.attention == "manual":
+        layer += 8 * cfg.n_head * cfg.sequence_length  # the (T, T) matrices
+    if cfg.activation_checkpointing:
+        # The input of each layer is stored, and one layer at a time is computed again.
+        return layer + 4 * cfg.n_layer * cfg.n_embd + logits
+    return cfg.n_layer * layer + logits
+
+
+def choose_micro_batch_size(cfg, device):
+    """How many sequences to compute at a time: as many as surely fit on every rank, but no more
+    tokens than keep the device busy."""
+    tokens = 2**12
+    if device.type == "cuda":
+        num_params = 12 * cfg.n_layer * cfg.n_embd**2 + cfg.padded_vocab_size * cfg.n_embd
+        # A parameter needs 16 bytes: itself, its gradient, and the two moments of AdamW.
+        room = 0.9 * torch.cuda.mem_get_info()[0] - 16 * num_params
+        tokens = min(2**16, int(room / activation_bytes_per_token(cfg)))
+    return largest_micro_batch(cfg, min(gather_from_ranks(tokens)) // cfg.sequence_length)
+
+
+def largest_micro_batch(cfg, limit):
+    """The largest number of sequences up to a limit that divides a step, and at least 1."""
+    sequences = cfg.total_batch_size // (cfg.sequence_length * WORLD_SIZE)
+    return max(B for B in range(1, max(2, limit + 1)) if sequences % B == 0)
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(cfg):
+    """Turn running out of memory into a SystemExit that names what to try."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, too
+        if not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        B = cfg.micro_batch_size
+        advice = f"--micro_batch_size {largest_micro_batch(cfg, B - 1)}"
+        if B == 1:
+            advice = "--activation_checkpointing, a smaller --sequence_length or a smaller model"
+        raise SystemExit(
+            f"error: out of memory with a micro-batch of {B} sequences; try {advice}"
+        ) from error
+
+
+# FLOP/s of dense products in 16 bits, in units of 10^12. The first name that fits a GPU counts.
+PEAK_TERAFLOPS = {
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "T4": 65,
+}
+
+
+def peak_flops(cfg):
+    """FLOP/s of all devices at best, the 100% of MFU. 0 where they are not known."""
+    if cfg.device.startswith("cuda") and cfg.dtype in ("bf16", "fp16"):
+        for name, teraflops in PEAK_TERAFLOPS.items():
+            if name in torch.cuda.get_device_name():
+                return teraflops * 1e12 * WORLD_SIZE
     return 0
 
-def main(argv: list[str] | None = None) -> int:
+
+# -----------------------------------------------------------------------------
+# Training
+
+
+def get_lr(step, cfg):
+    """The learning rate of a step: linear warm-up, then half a cosine from max_lr down to min_lr
+    (Loshchilov & Hutter, 2017, arXiv:1608.03983)."""
+    if step < cfg.warmup_steps:
+        # Adam's first estimates come from few gradients, so its first steps should be small.
+        return cfg.max_lr * (step + 1) / cfg.warmup_steps
+    progress = (step - cfg.warmup_steps) / (cfg.max_steps - cfg.warmup_steps)
+    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.max_lr - cfg.min_lr)
+
+
+def first_model(cfg, checkpoint, pretrained):
+    """The model to begin with: pretrained, or from a checkpoint, or with random weights."""
+    model = pretrained or GPT2(cfg)
+    if checkpoint:
+        model.load_weights(checkpoint["model"])
+    return model
+
+
+def make_demo_data():
+    """Write the demo's shards, once on each machine."""
+    if LOCAL_RANK == 0 and not DEMO_DATA.exists():
+        require_sibling("fineweb.py")
+        from fineweb import write_demo_data
+
+        write_demo_data(DEMO_DATA)
+    gather_from_ranks(None)  # the other ranks wait here
+
+
+def check_same_run(cfg, checkpoint, identity):
+    """Compare a run with its checkpoint, and say what has changed. Raises SystemExit where the
+    checkpoint is another run's, or past the last step."""
+    for name, value in identity.items():
+        old = checkpoint["identity"].get(name)
+        if value != old:
+            raise SystemExit(
+                f"error: {cfg.log_dir} holds another run: its {name} is {old}, and here {value}; "
+                "choose another --log_dir, or the old flags and data"
+            )
+    step = checkpoint["step"]
+    if step > cfg.max_steps:
+        raise SystemExit(
+            f"error: {cfg.log_dir} is at step {step}, past --max_steps {cfg.max_steps}; choose more"
+        )
+    say(f"resuming {cfg.log_dir} after {step:,} steps")
+    before = checkpoint["train_config"]
+    now = asdict(cfg)
+    changes = [f"{n} {before.get(n)} -> {now[n]}" for n in now if now[n] != before.get(n)]
+    if changes:
+        say(f"changed since the last start: {', '.join(changes)}")
+
+
+def train(cfg, checkpoint=None, pretrained=None):
+    """Train as resolve_config() has decided. Returns the exit code: 0, or 128 + a signal."""
+    device = torch.device(cfg.device)
+    autocast = set_precision(device, cfg.dtype)
+    torch.manual_seed(cfg.seed)  # all ranks draw the same first weights
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(cfg.deterministic)
+
+    # Data, and what samples and HellaSwag need
+    if Path(cfg.data) == DEMO_DATA:
+        make_demo_data()
+    train_loader = DataLoaderLite(cfg, "train", RANK, WORLD_SIZE)
+    val_loader = DataLoaderLite(cfg, "val", RANK, WORLD_SIZE)
+    if not read_manifest(Path(cfg.data)).get("finished", True):
+        say(f"{cfg.data} is still being made: {train_loader.num_tokens:,} training tokens so far")
+    encoding = None
+    questions = []
     try:
-        told = WORLD_SIZE == 1 or all(map(os.environ.get, ("RANK", "MASTER_ADDR", "MASTER_PORT")))
-        require(told and 0 <= RANK < WORLD_SIZE, "RANK or WORLD_SIZE is wrong; see torchrun")
-        cfg = parse_flags(argv)
-        return train(cfg) if cfg.generate is None and cfg.export is None else use(cfg)
-    except Exception as error:
-        ours = isinstance(error, (UserError, ImportError))
-        if WORLD_SIZE > 1 and (RANK != 0 or not ours):
-            time.sleep(5)  # another rank may say why, and torchrun end all
-        get_error_handler().record_exception(error)  # for torchrun's report
-        if not ours:
-            raise
-        say(f"error: {error}", sys.stderr)
-        return 2
+        if cfg.sample_every or cfg.hellaswag_every:
+            encoding = get_encoding(cfg.encoding)
+        if cfg.hellaswag_every and cfg.encoding == "gpt2":
+            questions = get_questions(encoding)
+    except SystemExit as error:
+        say(f"without samples or HellaSwag: {reason(error)}")
+    if encoding:
+        encode_prompt(encoding, cfg.prompt, cfg.block_size)  # Is it short enough?
+
+    # Is this the run that the checkpoint belongs to, and the same on all ranks?
+    identity = run_identity(cfg, hash_of_data([train_loader, val_loader]))
+    first_step = checkpoint["step"] if checkpoint else 0
+    seen = gather_from_ranks((identity, first_step, len(questions)))
+    if seen.count(seen[0]) < WORLD_SIZE:
+        raise SystemExit(
+            "error: the processes do not see the same data, checkpoints and HellaSwag questions; "
+            f"give all of them the same files: {seen}"
+        )
+    if checkpoint:
+        check_same_run(cfg, checkpoint, identity)
+
+    # Model and optimiser, as they start or as they were
+    model = first_model(cfg, checkpoint, pretrained).to(device)
+    optimizer = model.configure_optimizers(cfg.weight_decay, cfg.max_lr)
+    # fp16 can't hold small gradients. The scaler multiplies the loss, and with it all gradients.
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")
+    if checkpoint:
+        groups = optimizer.state_dict()["param_groups"]  # rates and decay of today's flags
+        optimizer.load_state_dict(checkpoint["optimizer"] | dict(param_groups=groups))
+        if checkpoint["scaler"]:
+            scaler.load_state_dict(checkpoint["scaler"])
+
+    # HellaSwag and samples have too many shapes to compile, so they use `model` as it is.
+    compiled_model = torch.compile(model, dynamic=False) if cfg.compile else model
+    ddp_model = compiled_model
+    if WORLD_SIZE > 1:
+        ddp_model = nn.parallel.DistributedDataParallel(
+            compiled_model, gradient_as_bucket_view=True
+        )
+
+    B = cfg.micro_batch_size
+    T = cfg.sequence_length
+    grad_accum_steps = cfg.total_batch_size // (B * T * WORLD_SIZE)
+    say(describe_settings(cfg))
+    say(
+        f"{model.num_params():,} parameters; a step is {B} sequences × {T} tokens "
+        f"× {grad_accum_steps} micro-steps × {WORLD_SIZE} processes"
+    )
+    say(f"knowing nothing costs ln {cfg.vocab_size:,} = {math.log(cfg.vocab_size):.4f} nats")
+
+    step = first_step
+    saved_step = first_step
+    stopping = False
+    x, y = to_device(train_loader.batch(step * grad_accum_steps), device)
+    with (
+        lock_log_dir(Path(cfg.log_dir)),
+        contextlib.closing(Logger(cfg, step, model.flops_per_token(T))) as logger,
+        StopSignal() as stop,
+    ):
+        while True:
+            # Save a checkpoint (rank 0). It comes before the evaluations: whatever goes wrong in
+            # them, the weights are there.
+            save = is_due(step, cfg.checkpoint_every, cfg.max_steps)
+            save = save or (stopping and cfg.checkpoint_every > 0)
+            if save and step > saved_step:
+                if RANK == 0:
+                    save_checkpoint(cfg, step, model, optimizer, scaler, identity)
+                    logger.draw_curves()
+                saved_step = step
+            if stopping:
+                break
+
+            # Measure the loss on the validation data (all ranks share the work).
+            model.eval()
+            if is_due(step, cfg.val_every, cfg.max_steps):
+                with autocast:
+                    val_loss = validation_loss(
+                        compiled_model, val_loader, cfg.val_tokens, device, stop.watch
+                    )
+                stopping = stop.on_any_rank()
+                if not stopping:
+                    logger.write(step, val=val_loss)
+                    perplexity = math.exp(min(val_loss, 99))
+                    logger.say(step, f"val loss {val_loss:.4f} | perplexity {perplexity:.2f}")
+
+            # Answer HellaSwag's questions (all ranks share them).
+            if questions and is_due(step, cfg.hellaswag_every, cfg.max_steps) and not stopping:
+                from hellaswag import count_hits
+
+                with autocast:
+                    share = questions[RANK::WORLD_SIZE]
+                    hits = count_hits(model, share, device, stop.watch)
+                stopping = stop.on_any_rank()
+                if not stopping:
+                    acc, acc_norm = np.sum(gather_from_ranks(hits), axis=0) / len(questions)
+                    logger.write(step, hella=acc_norm)
+                    logger.say(step, f"hellaswag acc {acc:.4f} | acc_norm {acc_norm:.4f}")
+
+            # Let the model write (rank 0).
+            sample = is_due(step, cfg.sample_every, cfg.max_steps) and step > 0 and not stopping
+            if RANK == 0 and encoding and sample:
+                with autocast:
+                    print_samples(model, encoding, cfg, cfg.prompt, cfg.seed + step)
+
+            if stopping:
+                continue  # with the checkpoint, if this step has none yet
+            if step == cfg.max_steps:
+                break
+
+            # One step of training: from tokens to new weights.
+            model.train()
+            started = time.perf_counter()
+            lr = get_lr(step, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            train_loss = torch.zeros((), device=device)
+            for micro_step in range(grad_accum_steps):
+                if WORLD_SIZE > 1:
+                    # The ranks exchange gradients once, when the last micro-step has added its own
+                    ddp_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+                with autocast:
+                    # backward() adds to the gradients that are there. The gradient is to be that of
+                    # the mean loss of the whole batch, so each part is divided by their number.
+                    loss = ddp_model(x, y) / grad_accum_steps
+                scaler.scale(loss).backward()
+                train_loss += loss.detach()
+                # Fetch the next batch now, while the GPU is still busy with this one.
+                next_batch = train_loader.batch(step * grad_accum_steps + micro_step + 1)
+                x, y = to_device(next_batch, device)
+            # Now and then a batch of odd text has a gradient many times the usual. Limiting its
+            # norm keeps it from throwing the weights off.
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+            # Reading the figures waits for the GPU. With them travels whether a signal has come to
+            # any rank, so that all of them stop after the same step.
+            figures = torch.stack([train_loss, norm, torch.full_like(norm, stop.signum)])
+            if WORLD_SIZE > 1:
+                dist.all_reduce(figures)
+                figures /= WORLD_SIZE
+            mean_loss, grad_norm, signals = figures.tolist()
+            stopping = signals > 0
+            seconds = time.perf_counter() - started
+            # In fp16 gradients may overflow. Then the scaler skips the step and lowers its scale.
+            overflow = not math.isfinite(grad_norm) and scaler.get_scale() > 1
+            if not math.isfinite(mean_loss) or not (math.isfinite(grad_norm) or overflow):
+                raise SystemExit(
+                    f"error: step {step} has loss {mean_loss} and gradient norm {grad_norm}; "
+                    "lower --max_lr, or try --dtype fp32; the newest checkpoint is from before it"
+                )
+            logger.step(step, mean_loss, lr, grad_norm, seconds)
+            step += 1
+
+        logger.draw_curves()
+    if not stopping:
+        return 0
+    saved = "the same command goes on from there" if cfg.checkpoint_every else "nothing was saved"
+    say(f"stopped after {step:,} steps; {saved}")
+    return 128 + (stop.signum or signal.SIGTERM)
+
+
+def is_due(step, every, max_steps):
+    """Whether something that is done every so many steps, and at the end, is to be done now."""
+    return every > 0 and (step % every == 0 or step == max_steps)
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+def parse_flags(argv):
+    """The flags that were given, by name. Raises SystemExit for others."""
+    parser = argparse.ArgumentParser(
+        usage="python train_gpt2.py [--flag value ...]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+
+    def refuse(message):
+        raise SystemExit(f"error: {message}; --help lists the flags")
+
+    parser.error = refuse
+    for f in fields(TrainConfig):
+        about = f.metadata
+        if not about:
+            continue
+        if about["group"]:
+            group = parser.add_argument_group(about["group"])
+        options = dict(help=about["help"])
+        if f.default is not None:
+            options["help"] += f" (default: {f.default})"
+        if f.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= dict(type=f.type, choices=about["choices"])
+        group.add_argument(f"--{f.name}", **options)
+    return vars(parser.parse_args(argv))
+
+
+def use_model(cfg, checkpoint, pretrained):
+    """Do what --export and --generate ask for."""
+    if RANK != 0:
+        return
+    model = first_model(cfg, checkpoint, pretrained)
+    if cfg.export is not None:
+        model.export_pretrained(Path(cfg.export))
+        say(f"{cfg.export}: {model.num_params():,} parameters, for transformers")
+    if cfg.generate is not None:
+        encoding = get_encoding(cfg.encoding)
+        device = torch.device(cfg.device)
+        model.to(device).eval()
+        with set_precision(device, cfg.dtype):
+            print_samples(model, encoding, cfg, cfg.generate, cfg.seed)
+
+
+def main(argv=None):
+    """Run the command line. Returns the exit code."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # samples may have letters that a terminal has not
+    try:
+        cfg, checkpoint, pretrained = resolve_config(parse_flags(argv))
+        with explain_out_of_memory(cfg):
+            if cfg.generate is None and cfg.export is None:
+                return train(cfg, checkpoint, pretrained)
+            use_model(cfg, checkpoint, pretrained)
+            return 0
+    except SystemExit as error:
+        if not isinstance(error.code, str):
+            raise  # --help
+        message = error.code
+        if RANK != 0:
+            time.sleep(5)  # rank 0 may say the same, and torchrun end all
+            message += f" (rank {RANK})"
+        get_error_handler().record_exception(error)  # torchrun's report ends with it
+        with contextlib.suppress(OSError, AttributeError):
+            print(message, file=sys.stderr, flush=True)
+        return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:
         if dist.is_initialized():
-            time.sleep(0.1)  # gloo's threads still use Python (pytorch#179291)
+            time.sleep(0.1)  # the threads of gloo still use Python (pytorch issue 179291)
             dist.destroy_process_group()
 
+
 if __name__ == "__main__":
-    code = main()
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        try:
-            stream.flush()
-        except OSError:  # Python would try once more, and exit with 120
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    sys.exit(code)
+    exit_code = main()
+    try:
+        sys.stdout.flush()
+    except (OSError, AttributeError):
+        # Nobody can read it any more. Python would try again, and change the exit code to 120.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(exit_code)
