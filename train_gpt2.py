@@ -411,16 +411,16 @@ class Block(nn.Module):
 # transformers with it, stores the transpose of these weights.
 TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
 
-# What the configuration of transformers says of GPT-2 as published. Other values are variants,
-# which would be computed wrongly here.
-PUBLISHED = dict(
-    activation_function="gelu_new",
-    layer_norm_epsilon=1e-5,
-    scale_attn_weights=True,
-    scale_attn_by_inverse_layer_idx=False,
-    add_cross_attention=False,
-    tie_word_embeddings=True,
-)
+# Settings of transformers that make a variant of GPT-2, which would be computed wrongly here. What
+# was published is the default of each.
+VARIANTS = [
+    "activation_function",
+    "layer_norm_epsilon",
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+    "add_cross_attention",
+    "tie_word_embeddings",
+]
 
 # OpenAI's tokenizer files, where tiktoken finds them, with their SHA-256
 TOKENIZER_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
@@ -566,7 +566,8 @@ class GPT2(nn.Module):
                     "to gpt2-xl, a model of the hub (`hf auth login` if it is private), or a folder"
                 ) from error
             sizes = theirs.config.to_dict()
-            wrong = [name for name, value in PUBLISHED.items() if sizes[name] != value]
+            published = transformers.GPT2Config().to_dict()
+            wrong = [name for name in VARIANTS if sizes[name] != published[name]]
             if sizes["n_inner"] not in (None, 4 * sizes["n_embd"]):
                 wrong.append("n_inner")
             # transformers drops weights it does not know, and draws random ones for those missing.
@@ -732,30 +733,20 @@ def read_shard(path):
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset)
         if tokens.dtype != np.uint16 or tokens.ndim != 1:
             raise ValueError("it is not a row of uint16")
-    except (
-        Exception
-    ) as error:  # NumPy evaluates the header of a damaged .npy, which can do anything
+    except Exception as error:  # a damaged header of .npy can fail anywhere in NumPy
         raise SystemExit(
             f"error: {path} is not a token shard ({first_line(error)}); make it again, or remove it"
         ) from error
     return np.asarray(tokens)  # a plain array that still maps the file
 
 
-def hash_of_data(loaders):
-    """One hash by which a run knows its data again: of the name, the size, and the first and last
-    64 KiB of every shard."""
-    digest = hashlib.sha256()
-    for loader in loaders:
-        for path, shard in zip(loader.paths, loader.shards, strict=True):
-            digest.update(f"{path.name} {len(shard)}\n".encode(errors="replace"))
-            digest.update(shard[: 2**15].tobytes())
-            digest.update(shard[-(2**15) :].tobytes())
-    return digest.hexdigest()
-
-
-@functools.lru_cache(maxsize=2)  # a batch may lie across the border of two epochs
+@functools.lru_cache(
+    maxsize=2
+)  # a batch may contain the end of one epoch and the start of the next
 def permutation(n, seed, epoch):
-    # NumPy promises that the legacy RandomState draws the same numbers in all versions to come.
+    """The numbers from 0 to n - 1 in the random order of an epoch."""
+    # RandomState is the old interface of NumPy. It is used because NumPy promises that it will
+    # always draw the same numbers, which it does not promise of the new one.
     generator = np.random.RandomState(np.random.MT19937([seed, epoch]))
     return generator.permutation(n).astype(np.uint32)
 
@@ -765,9 +756,9 @@ class DataLoaderLite:
 
     A shard of n tokens holds (n - 1) // T windows. The windows of all shards are numbered from 0 to
     W - 1, in file order. Sample s of the run is window π(s mod W), where π is a permutation drawn
-    from the seed and the epoch s // W, or the identity without `shuffle`. Micro-batch i of the run
-    gives the B samples from (i · world_size + rank) · B on to each rank. So a step sees the same
-    tokens whatever B, on any number of GPUs, and after any interruption.
+    from the seed and the epoch s // W, or the identity without `shuffle`. In micro-batch i of the
+    run, a rank gets the B samples from (i · world_size + rank) · B on. So a step sees the same
+    tokens with any micro-batch, on any number of GPUs, and after any interruption.
     """
 
     def __init__(self, cfg, split, rank=0, world_size=1):
@@ -779,8 +770,11 @@ class DataLoaderLite:
         self.world_size = world_size
         self.shuffle = cfg.shuffle and split == "train"
         self.paths = find_shards(Path(cfg.data), split)
+        # The tokens stay on the disk. The operating system reads the part that a window needs, and
+        # keeps in memory what it has room for.
         self.shards = [read_shard(path) for path in self.paths]
         self.num_tokens = sum(len(shard) for shard in self.shards)
+        # Windows share a border: the last target of one is the first input of the next.
         windows = [max(0, len(shard) - 1) // self.T for shard in self.shards]
         self.num_windows = sum(windows)
         self.first_window = np.cumsum(windows) - windows  # the number of each shard's first one
@@ -800,6 +794,7 @@ class DataLoaderLite:
         shard = np.searchsorted(self.first_window, k, side="right") - 1
         start = (k - self.first_window[shard]) * self.T
         tokens = self.shards[shard][start : start + self.T + 1]
+        # On a GPU, a token that the embedding does not have would be an error without any name.
         if tokens.max() >= self.cfg.vocab_size:
             raise SystemExit(
                 f"error: {self.paths[shard]} has token {tokens.max()}, beyond the vocabulary of "
@@ -812,6 +807,7 @@ class DataLoaderLite:
         first = (i * self.world_size + self.rank) * self.B
         rows = np.stack([self.window(first + b) for b in range(self.B)])
         tokens = torch.from_numpy(rows.astype(np.int64))  # (B, T + 1)
+        # At each position the model predicts the token that comes next.
         return torch.stack((tokens[:, :-1], tokens[:, 1:]))
 
 
@@ -827,7 +823,8 @@ def to_device(batch, device):
 
 
 def gather_from_ranks(value):
-    """The values that all ranks have, in the order of the ranks. All of them have to call this."""
+    """The values that all ranks have, in the order of the ranks. All of them have to call this, or
+    those that do would wait for the others."""
     if WORLD_SIZE == 1:
         return [value]
     values = [None] * WORLD_SIZE
@@ -839,15 +836,17 @@ def gather_from_ranks(value):
 def validation_loss(model, loader, val_tokens, device, progress=iter):
     """The mean loss over the first `val_tokens` tokens of the loader, in nats per token, shared by
     all ranks. `progress` wraps the batches, and may end them early."""
+    # The number of windows is exact whatever the batch, so that all set-ups measure the same.
     num_windows = min(loader.num_windows, max(1, val_tokens // loader.T))
     num_batches = math.ceil(num_windows / (loader.B * loader.world_size))
     total = torch.zeros((), device=device)
     for i in progress(range(num_batches)):
         first = (i * loader.world_size + loader.rank) * loader.B
-        count = min(loader.B, num_windows - first)  # of windows in this batch that belong to us
+        count = min(loader.B, num_windows - first)
         if count > 0:
             batch = loader.batch(i)
-            # The others fill the batch up, so that compiled code sees one shape only.
+            # The last batch may hold more windows than are wanted. They stay in it, so that
+            # compiled code sees one shape only, but their targets are ignored.
             batch[1, count:] = -100
             x, y = to_device(batch, device)
             total += model(x, y) * count
@@ -872,6 +871,8 @@ def print_samples(model, encoding, cfg, prompt, seed):
     generator = torch.Generator(device).manual_seed(seed)  # leaves all other randomness alone
     rows = model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, generator)
     for i, row in enumerate(rows.tolist()):
+        # Behind <|endoftext|> begins another document. Fine-tuned models may have further special
+        # tokens after it, which the encoding can't decode.
         end = len(tokens)
         while end < len(row) and row[end] < encoding.eot_token:
             end += 1
@@ -910,10 +911,18 @@ def get_questions(encoding):
 # Checkpoints. They know the run, not the architecture: what the model is made of is up to GPT2.
 
 
-def run_identity(cfg, data_hash):
+def run_identity(cfg, loaders):
     """What makes a run the one it is. All else may change whenever it is started again."""
     names = ["pad_vocab", "seed", "shuffle", "total_batch_size", "sequence_length"]
-    return {name: getattr(cfg, name) for name in MODEL_SIZES + names} | dict(data=data_hash)
+    identity = {name: getattr(cfg, name) for name in MODEL_SIZES + names}
+    # The data are known by the name, the size, and the first and last 64 KiB of every shard.
+    digest = hashlib.sha256()
+    for loader in loaders:
+        for path, shard in zip(loader.paths, loader.shards, strict=True):
+            digest.update(f"{path.name} {len(shard)}\n".encode(errors="replace"))
+            digest.update(shard[: 2**15].tobytes())
+            digest.update(shard[-(2**15) :].tobytes())
+    return identity | dict(data=digest.hexdigest())
 
 
 def save_checkpoint(cfg, step, model, optimizer, scaler, identity):
@@ -924,6 +933,7 @@ def save_checkpoint(cfg, step, model, optimizer, scaler, identity):
             f"error: the weights after {step} steps are not finite, and were not saved; "
             "lower --max_lr, or try --dtype fp32"
         )
+    # Tensors and plain values only: such a file can be loaded without running code.
     checkpoint = dict(
         step=step,
         model=model.state_dict(),
@@ -975,7 +985,8 @@ def checkpoint_paths(log_dir):
 def load_checkpoint(path):
     """What torch.save wrote into a file. Runs no code in it. Raises SystemExit for another file."""
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch.load compares no checksums
+        # The file is a zip archive with a checksum for each tensor, which torch.load ignores.
+        damaged = zipfile.ZipFile(path).testzip()
         if damaged:
             raise ValueError(f"{damaged} is damaged")
         # build-nanogpt's files hold an object of its class GPTConfig. A namespace will do for it.
@@ -1469,7 +1480,7 @@ def train(cfg, checkpoint=None, pretrained=None):
         say(f"{cfg.data} is still being made: {train_loader.num_tokens:,} training tokens so far")
 
     # Is this the run that the checkpoint belongs to, and the same on all ranks?
-    identity = run_identity(cfg, hash_of_data([train_loader, val_loader]))
+    identity = run_identity(cfg, [train_loader, val_loader])
     first_step = checkpoint["step"] if checkpoint else 0
     seen = gather_from_ranks((identity, first_step, len(questions)))
     if seen.count(seen[0]) < WORLD_SIZE:
@@ -1483,7 +1494,8 @@ def train(cfg, checkpoint=None, pretrained=None):
     # Model and optimiser, as they start or as they were
     model = first_model(cfg, checkpoint, pretrained).to(device)
     optimizer = model.configure_optimizers(cfg.weight_decay, cfg.max_lr)
-    # fp16 can't hold small gradients. The scaler multiplies the loss, and with it all gradients.
+    # fp16 can't hold numbers as small as many gradients are. The scaler multiplies the loss, and
+    # with it all gradients, by a large number, and divides them by it before they are used.
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")
     if checkpoint:
         groups = optimizer.state_dict()["param_groups"]  # rates and decay of today's flags
@@ -1491,7 +1503,9 @@ def train(cfg, checkpoint=None, pretrained=None):
         if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
 
-    # HellaSwag and samples have too many shapes to compile, so they use `model` as it is.
+    # The three share their weights. Batches of training and validation always have the same shape,
+    # so they can be compiled. HellaSwag and samples have a new shape each time, for which the
+    # compiler would start again, so they use `model` as it is.
     compiled_model = torch.compile(model, dynamic=False) if cfg.compile else model
     ddp_model = compiled_model
     if WORLD_SIZE > 1:
@@ -1511,7 +1525,7 @@ def train(cfg, checkpoint=None, pretrained=None):
 
     step = first_step
     saved_step = first_step
-    stopping = False
+    stopping = False  # whether a signal has reached any rank
     x, y = to_device(train_loader.batch(step * grad_accum_steps), device)
     with (
         lock_log_dir(Path(cfg.log_dir)),
@@ -1519,8 +1533,8 @@ def train(cfg, checkpoint=None, pretrained=None):
         StopSignal() as stop,
     ):
         while True:
-            # Save a checkpoint (rank 0). It comes before the evaluations: whatever goes wrong in
-            # them, the weights are there.
+            # Once in a while, and when the run has to stop: save a checkpoint (rank 0). It comes
+            # before the evaluations, so that whatever goes wrong in them, the weights are there.
             save = is_due(step, cfg.checkpoint_every, cfg.max_steps)
             save = save or (stopping and cfg.checkpoint_every > 0)
             if save and step > saved_step:
@@ -1531,7 +1545,7 @@ def train(cfg, checkpoint=None, pretrained=None):
             if stopping:
                 break
 
-            # Measure the loss on the validation data (all ranks share the work).
+            # Once in a while: measure the loss on the validation data (all ranks share the work).
             model.eval()
             if is_due(step, cfg.val_every, cfg.max_steps):
                 with autocast:
@@ -1544,7 +1558,7 @@ def train(cfg, checkpoint=None, pretrained=None):
                     perplexity = math.exp(min(val_loss, 99))
                     logger.say(step, f"val loss {val_loss:.4f} | perplexity {perplexity:.2f}")
 
-            # Answer HellaSwag's questions (all ranks share them).
+            # Once in a while: answer HellaSwag's questions (all ranks share them).
             if questions and is_due(step, cfg.hellaswag_every, cfg.max_steps) and not stopping:
                 from hellaswag import count_hits
 
@@ -1557,14 +1571,14 @@ def train(cfg, checkpoint=None, pretrained=None):
                     logger.write(step, hella=acc_norm)
                     logger.say(step, f"hellaswag acc {acc:.4f} | acc_norm {acc_norm:.4f}")
 
-            # Let the model write (rank 0).
+            # Once in a while: let the model write (rank 0, while the others wait).
             sample = is_due(step, cfg.sample_every, cfg.max_steps) and step > 0 and not stopping
             if RANK == 0 and encoding and sample:
                 with autocast:
                     print_samples(model, encoding, cfg, cfg.prompt, cfg.seed + step)
 
             if stopping:
-                continue  # with the checkpoint, if this step has none yet
+                continue  # to the checkpoint above, which this step may not have yet
             if step == cfg.max_steps:
                 break
 
