@@ -85,7 +85,9 @@ class GPT2Config:
     block_size: int = flag(1024, "longest context, in tokens", low=1)
     pad_vocab: bool = flag(True, "round the vocabulary up to a multiple of 128, which is faster")
     attention: str = flag(
-        "flash", "how attention is computed; manual is the textbook's", choices=("flash", "manual")
+        "flash",
+        "manual is the textbook's way, and faster on a CPU in bf16",
+        choices=("flash", "manual"),
     )
     activation_checkpointing: bool = flag(
         False, "save memory by computing activations again in the backward pass"
@@ -140,51 +142,58 @@ class TrainConfig(GPT2Config):
     """All settings of a run. resolve_config() makes one from the flags that were given."""
 
     model: str = flag(
-        None, "named size (auto: gpt2, or demo)", choices=MODELS, group="what to train"
+        None,
+        "a model size by its name (auto: gpt2, or demo)",
+        choices=MODELS,
+        group="what to train",
     )
     init_from: str = flag(
         "scratch", "weights to start from: gpt2 to gpt2-xl, a name on the hub, a folder or a file"
     )
     data: str = flag(None, "folder of token shards (auto: edu_fineweb10B, or the demo's)")
     shuffle: bool = flag(True, "draw a new order of the data for each epoch")
-    seed: int = flag(1337, "seed of the first weights, the order of the data and samples")
+    seed: int = flag(1337, "seed of the initial weights, the data order and the samples")
 
     total_batch_size: int = flag(2**19, "tokens per optimiser step", low=1, group="batch")
-    micro_batch_size: int = flag(None, "sequences at a time (auto: what fits)", low=1)
-    sequence_length: int = flag(None, "tokens of each (auto: the block size)", low=1)
+    micro_batch_size: int = flag(None, "sequences per forward pass (auto: what fits)", low=1)
+    sequence_length: int = flag(None, "tokens per sequence (auto: the block size)", low=1)
 
     max_lr: float = flag(6e-4, "peak learning rate", group="optimiser and schedule")
     min_lr: float = flag(None, "final learning rate (auto: a tenth of the peak)")
     warmup_steps: int = flag(715, "steps of linear warm-up")
-    max_steps: int = flag(19073, "steps in all; 19,073 see ten billion tokens", low=1)
+    max_steps: int = flag(19073, "number of steps; 19,073 steps see ten billion tokens", low=1)
     weight_decay: float = flag(0.1, "weight decay of matrices and embeddings")
-    grad_clip: float = flag(1.0, "largest norm of the gradient; 0 for no limit")
+    grad_clip: float = flag(1.0, "limit of the gradient's norm; 0 for none")
 
-    device: str = flag(None, "cpu, cuda, cuda:1, mps (auto: fastest)", group="hardware")
+    device: str = flag(
+        None, "compute on cpu, cuda, cuda:1 or mps (auto: the fastest)", group="hardware"
+    )
     dtype: str = flag(
         None,
         "precision (auto: the fastest safe one)",
         choices=("fp32", "tf32", "bf16", "fp16"),
     )
     compile: bool = flag(None, "use torch.compile (auto: on CUDA, except for the demo)")
-    deterministic: bool = flag(False, "make CUDA repeatable to the bit, which is slower")
+    deterministic: bool = flag(False, "make runs on CUDA repeatable to the bit, which is slower")
 
     val_every: int = flag(
-        250, "steps between validations; 0 for none", group="evaluation and samples"
+        250, "steps between validations; 0 for never", group="evaluation and samples"
     )
-    val_tokens: int = flag(10485760, "tokens of a validation", low=1)
-    hellaswag_every: int = flag(250, "steps between HellaSwag evaluations; 0 for none")
-    sample_every: int = flag(250, "steps between samples; 0 for none")
+    val_tokens: int = flag(10485760, "tokens per validation", low=1)
+    hellaswag_every: int = flag(250, "steps between HellaSwag evaluations; 0 for never")
+    sample_every: int = flag(250, "steps between samples; 0 for never")
     prompt: str = flag("Hello, I'm a language model,", "what samples begin with")
     num_samples: int = flag(4, "number of samples", low=1)
-    max_new_tokens: int = flag(64, "tokens of each sample", low=1)
-    temperature: float = flag(1.0, "temperature of samples; 0 takes the likeliest token")
-    top_k: int = flag(50, "draw from the k likeliest tokens only; 0 draws from all")
+    max_new_tokens: int = flag(64, "tokens per sample", low=1)
+    temperature: float = flag(1.0, "temperature of samples; 0 for always the likeliest token")
+    top_k: int = flag(50, "draw from the k likeliest tokens; 0 for all tokens")
 
-    log_dir: str = flag(None, "folder of log and checkpoints (auto: log, or log_demo)", group="log")
+    log_dir: str = flag(
+        None, "folder for log and checkpoints (auto: log, or log_demo)", group="log"
+    )
     print_every: int = flag(1, "steps between printed lines", low=1)
-    checkpoint_every: int = flag(1000, "steps between checkpoints; 0 for none")
-    keep_checkpoints: int = flag(2, "how many of the newest to keep; 0 for all")
+    checkpoint_every: int = flag(1000, "steps between checkpoints; 0 for never")
+    keep_checkpoints: int = flag(2, "how many checkpoints to keep; 0 for all")
 
     generate: str = flag(
         None, "continue this prompt with the newest checkpoint", group="instead of training"
@@ -1036,10 +1045,11 @@ def weights_of_file(path):
                 weights[name] = value
         table = weights["transformer.wte.weight"]
         if not table.equal(weights.get("lm_head.weight", table)):
-            raise KeyError("the output head is not the embedding")
-        weights["transformer.ln_f.bias"]  # nanoGPT can leave biases out
+            raise ValueError("the output head is not the embedding")
+        if "transformer.ln_f.bias" not in weights:
+            raise ValueError("it has no biases")
         return config_of_sizes(sizes), weights
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise SystemExit(
             f"error: {path} does not hold a GPT-2 of this program, nanoGPT or build-nanogpt "
             f"({error!r}); choose another file"
