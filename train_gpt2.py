@@ -952,9 +952,10 @@ def save_checkpoint(cfg, step, model, optimizer, scaler, identity):
         train_config=asdict(cfg),
         identity=identity,
     )
-    # A kill may come at any moment, so the file gets its name when all of it is on the disk.
-    path = Path(cfg.log_dir, checkpoint_name(step))
-    partial = path.with_suffix(".tmp")
+    # A kill may come at any moment, so the file gets its name when all of it is on the disk. What a
+    # kill leaves behind has always the same name, and the next checkpoint overwrites it.
+    path = Path(cfg.log_dir, f"checkpoint_{step:05d}.pt")
+    partial = Path(cfg.log_dir, "checkpoint.tmp")
     try:
         with open(partial, "wb") as file:
             torch.save(checkpoint, file)
@@ -975,10 +976,6 @@ def save_checkpoint(cfg, step, model, optimizer, scaler, identity):
             other.unlink()
         except OSError as error:
             say(f"{other} can't be removed ({error.strerror}), and stays")
-
-
-def checkpoint_name(step):
-    return f"checkpoint_{step:05d}.pt"
 
 
 def step_of(path):
@@ -1725,6 +1722,13 @@ def main(argv=None):
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except Exception as error:
+        # Nobody's mistake but the program's. The other ranks will fail as well when they miss this
+        # one. torchrun ends them first if they wait, and then its report ends with the cause.
+        get_error_handler().record_exception(error)
+        if WORLD_SIZE > 1:
+            time.sleep(5)
+        raise
     finally:
         if dist.is_initialized():
             time.sleep(0.1)  # the threads of gloo still use Python (pytorch issue 179291)

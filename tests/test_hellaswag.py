@@ -1,4 +1,4 @@
-"""HellaSwag: the questions, their file, the scores, and the script that does it all."""
+"""HellaSwag: its questions, the scores of endings, and the command line."""
 
 import functools
 import json
@@ -9,282 +9,297 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TINY, llmc_header, python, read_log, write_hellaswag, write_shards
+from conftest import ROOT, TINY, python, read_log, write_shards
 
 import fineweb
 import hellaswag
 import train_gpt2
-from fineweb import UserError
-from hellaswag import FILE, count_hits, read_questions, scores
-from train_gpt2 import GPT2, GPT2Config
+from hellaswag import QUESTIONS_FILE, count_hits, read_questions, score_questions
+from train_gpt2 import GPT2
 
 CPU = torch.device("cpu")
 
 
-def small_model(vocab_size=257, block_size=64, n_embd=32, **options):
+@functools.cache
+def small_model(vocab_size=257, block_size=64, n_embd=32):
+    """A random GPT-2 of transformers, whose weights are large enough to tell endings apart."""
     torch.manual_seed(0)
-    sizes = dict(vocab_size=vocab_size, block_size=block_size, n_layer=2, n_head=2, n_embd=n_embd)
-    model = GPT2(GPT2Config(**sizes, **options))
+    sizes = dict(vocab_size=vocab_size, n_positions=block_size, n_embd=n_embd)
+    config = transformers.GPT2Config(n_layer=2, n_head=2, **sizes)
+    model = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.1)
     return model
 
 
-def export(model, folder):
-    sizes = {size: getattr(model.config, size) for size in train_gpt2.SIZES}
-    hellaswag.write_model(folder, sizes, model.state_dict())
+@pytest.fixture(scope="session")
+def load(tmp_path_factory):
+    """A function that gives the small model of these sizes as the trainer reads it."""
+
+    @functools.cache
+    def load(**sizes):
+        folder = tmp_path_factory.mktemp("model")
+        small_model(**sizes).save_pretrained(folder)
+        return GPT2.from_pretrained(str(folder)).eval()
+
+    return load
 
 
-def random_questions(n=30, longest=(30, 20)):
-    rng, questions = np.random.default_rng(0), []
+def random_questions(n=30, longest_context=30, longest_ending=20):
+    """Questions of random bytes."""
+    rng = np.random.default_rng(0)
+    questions = []
     for _ in range(n):
-        lengths = rng.integers(1, longest[0]), *rng.integers(1, longest[1], 4)
-        context, *endings = [rng.integers(0, 257, length) for length in lengths]
+        context = rng.integers(0, 257, rng.integers(1, longest_context)).tolist()
+        lengths = rng.integers(1, longest_ending, 4)
+        endings = [rng.integers(0, 257, length).tolist() for length in lengths]
         questions.append((context, endings, int(rng.integers(4))))
     return questions
 
 
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    """The small model as transformers' own."""
-    folder = tmp_path_factory.mktemp("hf") / "model"
-    export(small_model(), folder)
-    return transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
-
-
 @torch.no_grad()
-def alone(theirs, context, ending):
-    """Log-likelihoods of an ending's tokens, scored by itself, without padding."""
-    logits = theirs(torch.tensor([[*context, *ending]])).logits[0]
+def log_likelihoods(context, ending):
+    """Those of an ending's tokens, by transformers and from a row without padding."""
+    logits = small_model()(torch.tensor([context + ending])).logits[0]
     return torch.log_softmax(logits, -1)[range(len(context) - 1, len(logits) - 1), ending]
 
 
-def assert_scores(ours, theirs, questions):
-    parts = [alone(theirs, context, ending) for context, four, _ in questions for ending in four]
-    wanted = torch.tensor([[p.sum() for p in parts], [p.mean() for p in parts]]).double()
-    torch.testing.assert_close(torch.stack(ours).flatten(1), wanted, atol=1e-4, rtol=0)
+def assert_scores_are_of_transformers(scores, questions):
+    sums, means = scores
+    for i, (context, endings, _) in enumerate(questions):
+        for k, ending in enumerate(endings):
+            nats = log_likelihoods(context, ending)
+            assert sums[i, k].item() == pytest.approx(nats.sum().item(), abs=1e-4)
+            assert means[i, k].item() == pytest.approx(nats.mean().item(), abs=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------
 # Scores
 
 
-@pytest.mark.parametrize("attention", ["flash", "manual"])
 @pytest.mark.parametrize("batch_tokens", [1, 200, 2**12])
-def test_scores_are_those_of_each_ending_alone_in_transformers(theirs, attention, batch_tokens):
-    questions, model = random_questions(), small_model(attention=attention)
-    ours = scores(model, questions, CPU, batch_tokens=batch_tokens)
-    assert_scores(ours, theirs, questions)
-    labels = torch.tensor([label for *_, label in questions])
-    hits = [(values.argmax(1) == labels).sum() for values in ours]
-    assert count_hits(model, questions, CPU) == hits and 0 < hits[1] < 30
+def test_scores_are_those_of_each_ending_alone_in_transformers(load, batch_tokens):
+    questions = random_questions()
+    sums, means = score_questions(load(), questions, CPU, batch_tokens=batch_tokens)
+    assert_scores_are_of_transformers((sums, means), questions)
+    labels = torch.tensor([label for _, _, label in questions])
+    hits = (sums.argmax(1) == labels).sum().item()
+    hits_norm = (means.argmax(1) == labels).sum().item()
+    assert count_hits(load(), questions, CPU) == (hits, hits_norm)
+    assert 0 < hits_norm < 30
 
 
-def test_one_token_is_enough_for_a_context_and_an_ending(theirs):
-    lists = [([5], [[6], [7], [8], [9]]), ([5], [[6], [7, 8, 9], [8], [9, 10]])]
-    lists += [([5, 6], [[7]] * 4)]
-    questions = [(np.array(context), [*map(np.array, endings)], 0) for context, endings in lists]
-    assert_scores(scores(small_model(), questions, CPU), theirs, questions)
+def test_one_token_is_enough_for_a_context_and_an_ending(load):
+    questions = [
+        ([5], [[6], [7], [8], [9]], 0),
+        ([5], [[6], [7, 8, 9], [8], [9, 10]], 0),
+        ([5, 6], [[7], [7], [7], [7]], 0),
+    ]
+    assert_scores_are_of_transformers(score_questions(load(), questions, CPU), questions)
 
 
-def test_what_exceeds_the_block_size_loses_the_start_of_its_context(theirs):
-    """The longest ending decides for all four, which share the context."""
-    ours, cut = [], []
-    for context, endings, label in random_questions(20, longest=(64, 30)):
-        context = np.append(np.arange(90), context)
-        ours.append((context, endings, label))
-        cut.append((context[max(map(len, endings)) - 64 :], endings, label))
-    assert_scores(scores(small_model(), ours, CPU), theirs, cut)
+def test_a_context_that_is_too_long_loses_its_start(load):
+    """The longest ending decides for all four, so that they follow the same context."""
+    questions = []
+    cut_questions = []
+    for context, endings, label in random_questions(20, 64, 30):
+        context = list(range(90)) + context
+        room = 64 - max(len(ending) for ending in endings)
+        questions.append((context, endings, label))
+        cut_questions.append((context[-room:], endings, label))
+    assert_scores_are_of_transformers(score_questions(load(), questions, CPU), cut_questions)
 
 
-def test_an_ending_that_leaves_no_room_is_cut_to_what_fits(theirs):
-    ending, short = np.arange(100), np.array([3, 4])
-    question = np.array([7, 8]), [ending, short, short, ending], 0
-    sums, means = scores(small_model(), [question], CPU)
-    wanted = [alone(theirs, [8], tokens) for tokens in (ending[:63], short)]
-    assert sums[0, 1].item() == pytest.approx(wanted[1].sum().item(), abs=1e-4)
-    # Ours is one token more, since the last is no input, and the mean is of all that are scored
-    assert abs(means[0, 0].item() - wanted[0].mean().item()) < 0.2
-    tiny = small_model(block_size=1)
-    assert torch.stack(scores(tiny, random_questions(5), CPU)).isfinite().all()
+def test_an_ending_that_leaves_no_room_is_cut_to_what_fits(load):
+    long = list(range(100))
+    short = [3, 4]
+    question = ([7, 8], [long, short, short, long], 0)
+    sums, means = score_questions(load(), [question], CPU)
+    assert sums[0, 1].item() == pytest.approx(log_likelihoods([8], short).sum().item(), abs=1e-4)
+    # transformers has room for 63 of its tokens. Here 64 are scored, since the last one is not fed
+    # to the model.
+    assert abs(means[0, 0].item() - log_likelihoods([8], long[:63]).mean().item()) < 0.2
+    sums, means = score_questions(load(block_size=1), random_questions(5), CPU)
+    assert sums.isfinite().all() and means.isfinite().all()
 
 
-@pytest.mark.parametrize("most", [1, 100, 500])
-def test_rows_of_like_length_fill_batches_and_only_endings_meet_the_head(monkeypatch, most):
-    questions, shapes, headed = random_questions(40), [], 0
-    hidden, logits = GPT2.hidden, GPT2.logits
+@pytest.mark.parametrize("batch_tokens", [1, 100, 500])
+def test_rows_of_like_length_fill_batches(load, monkeypatch, batch_tokens):
+    model = load()
+    forward = GPT2.forward
+    shapes = []
 
-    def counting_hidden(self, idx):
+    def recording_forward(self, idx, *rest):
         shapes.append(tuple(idx.shape))
-        return hidden(self, idx)
+        return forward(self, idx, *rest)
 
-    def counting_logits(self, x):
-        nonlocal headed
-        headed += x.shape[:-1].numel()
-        return logits(self, x)
-
-    monkeypatch.setattr(GPT2, "hidden", counting_hidden)
-    monkeypatch.setattr(GPT2, "logits", counting_logits)
-    scores(small_model(), questions, CPU, batch_tokens=most)
-    assert headed == sum(len(ending) for _, endings, _ in questions for ending in endings)
-    assert all(rows * T <= most for rows, T in shapes if rows > 1)
+    monkeypatch.setattr(GPT2, "forward", recording_forward)
+    questions = random_questions(40)
+    score_questions(model, questions, CPU, batch_tokens=batch_tokens)
+    assert sum(B for B, _ in shapes) == 160
+    sizes = [B * T for B, T in shapes if B > 1]
+    assert max(sizes, default=0) <= batch_tokens
     lengths = [T for _, T in shapes]
-    assert sum(B for B, _ in shapes) == 160 and lengths == sorted(lengths, reverse=True)
+    assert lengths == sorted(lengths, reverse=True)
     needed = sum(len(c) - 1 + len(e) for c, endings, _ in questions for e in endings)
-    assert needed <= sum(B * T for B, T in shapes) < 1.2 * needed  # the rest is padding
+    padded = sum(B * T for B, T in shapes)
+    assert needed <= padded < 1.2 * needed
 
 
-def test_progress_sees_every_row_and_may_end_the_work_early():
-    questions, seen = random_questions(40), []
-    watch = lambda batches: (seen.append(batch) or batch for batch in batches)  # noqa: E731
-    scores(small_model(), questions, CPU, watch, batch_tokens=500)
-    assert sum(map(len, seen)) == 160
-    for batches in (lambda batches: batches[:1], lambda batches: []):  # as a signal does
-        assert sum(count_hits(small_model(), questions, CPU, batches)) <= 80
+def test_progress_sees_every_row_and_may_end_the_work_early(load):
+    questions = random_questions(40)
+    seen = []
+
+    def watch(batches):
+        for batch in batches:
+            seen.append(batch)
+            yield batch
+
+    score_questions(load(), questions, CPU, watch, batch_tokens=500)
+    assert sum(len(batch) for batch in seen) == 160
+    # So does a signal.
+    assert sum(count_hits(load(), questions, CPU, lambda batches: batches[:1])) <= 80
+    assert sum(count_hits(load(), questions, CPU, lambda batches: [])) <= 80
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_if_endings_are_equal_they_tie_and_the_first_counts(dtype):
-    """Whatever is beside them: sums in another order differ in their last digits."""
-    rng, model, questions = np.random.default_rng(0), small_model(), []
-    for label in 60 * [1]:
-        same, other = rng.integers(0, 257, rng.integers(1, 20)), rng.integers(0, 257, 20)
-        four = [other, same, same.copy(), same.copy()]
-        questions.append((rng.integers(0, 257, rng.integers(1, 30)), four, label))
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        both, hits = scores(model, questions, CPU), count_hits(model, questions, CPU)
-    for values, hit in zip(both, hits, strict=True):
+def test_equal_endings_tie_and_the_first_of_them_counts(load, dtype):
+    """In batches of other shapes, sums differ in their last digits, but not theirs."""
+    rng = np.random.default_rng(0)
+    questions = []
+    for _ in range(60):
+        same = rng.integers(0, 257, rng.integers(1, 20)).tolist()
+        other = rng.integers(0, 257, 20).tolist()
+        context = rng.integers(0, 257, rng.integers(1, 30)).tolist()
+        questions.append((context, [other, same, list(same), list(same)], 1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        scores = score_questions(load(), questions, CPU)
+        hits = count_hits(load(), questions, CPU)
+    for values, hit in zip(scores, hits, strict=True):
         assert (values[:, 1:] == values[:, 1:2]).all()
         assert hit == (values[:, 1] > values[:, 0]).sum() and hit > 0
 
 
-def test_a_model_that_knows_nothing_finds_all_means_equal():
-    model = small_model()
+def test_a_model_that_knows_nothing_finds_all_means_equal(tmp_path):
+    model = transformers.GPT2LMHeadModel(small_model().config)
     with torch.no_grad():
         model.transformer.wte.weight.zero_()
+    model.save_pretrained(tmp_path)
+    model = GPT2.from_pretrained(str(tmp_path)).eval()
     questions = [(context, endings, 0) for context, endings, _ in random_questions()]
-    _, means = scores(model, questions, CPU)
+    _, means = score_questions(model, questions, CPU)
     assert torch.equal(means, means[:1, :1].expand(30, 4))
     assert count_hits(model, questions, CPU)[1] == 30
 
 
-@pytest.mark.parametrize("ranks", [3, 40])
-def test_hits_of_the_ranks_shares_add_up_to_those_of_one(ranks):
-    questions, model = random_questions(31), small_model()
-    parts = [count_hits(model, questions[rank::ranks], CPU) for rank in range(ranks)]
-    assert [*map(sum, zip(*parts, strict=True))] == count_hits(model, questions, CPU)
-    assert ranks < 40 or parts[35] == [0, 0]  # a rank without work
+@pytest.mark.parametrize("world_size", [3, 40])
+def test_hits_of_the_ranks_shares_add_up_to_those_of_one_process(load, world_size):
+    questions = random_questions(31)
+    parts = [count_hits(load(), questions[rank::world_size], CPU) for rank in range(world_size)]
+    hits = sum(part[0] for part in parts)
+    hits_norm = sum(part[1] for part in parts)
+    assert (hits, hits_norm) == count_hits(load(), questions, CPU)
+    if world_size == 40:
+        assert parts[35] == (0, 0)  # a rank without a question
 
 
 # --------------------------------------------------------------------------------------------------
 # The file
 
 
-@pytest.mark.parametrize("damage", ["magic", "version", "truncated", "empty", "short", "too many"])
-def test_damaged_file_is_one_clear_error(tmp_path, damage):
-    path = tmp_path / "h.bin"
-    write_hellaswag(path, random_questions(5))
-    data = path.read_bytes()
-    path.write_bytes({
-        "magic": llmc_header(20240520, 5, 100) + data[1024:],
-        "version": llmc_header(20240522, 5, 100, version=2) + data[1024:],
-        "truncated": data[:-10],
-        "empty": b"",
-        "short": data[:100],
-        "too many": llmc_header(20240522, 6, 100) + data[1024:],
-    }[damage])  # fmt: skip
-    with pytest.raises(UserError, match="is no HellaSwag token file"):
-        read_questions(path)
-
-
 WORDS = "a man is sitting on the roof . he starts pulling up tiles ½ naïve 猫 them off [step] it's"
 
 
 def hub_rows(n=12, seed=0):
-    """Rows of the hub's schema."""
-    rng, rows = np.random.default_rng(seed), []
+    """Rows with the fields that the data set has on the hub."""
+    rng = np.random.default_rng(seed)
+
+    def words(low, high):
+        return " ".join(rng.choice(WORDS.split(), rng.integers(low, high)))
+
+    rows = []
     for i in range(n):
-        lengths = rng.integers([3, *[1] * 5], [12, 3, *[9] * 4])
-        a, b, *endings = [" ".join(rng.choice(WORDS.split(), length)) for length in lengths]
-        rows.append(dict(
-            ind=7 * i, activity_label="Roof shingle removal", ctx_a=a, ctx_b=b, ctx=f"{a} {b}",
-            endings=endings, source_id=f"activitynet~v_{i}", split="val",
-            split_type="indomain", label=str(rng.integers(4)),
-        ))  # fmt: skip
+        ctx_a = words(3, 12)
+        ctx_b = words(1, 3)
+        row = dict(ind=7 * i, activity_label="Roof shingle removal")
+        row |= dict(ctx_a=ctx_a, ctx_b=ctx_b, ctx=f"{ctx_a} {ctx_b}")
+        row |= dict(endings=[words(1, 9) for _ in range(4)], source_id=f"activitynet~v_{i}")
+        row |= dict(split="val", split_type="indomain", label=str(rng.integers(4)))
+        rows.append(row)
     return rows
-
-
-get_encoding = functools.cache(fineweb.get_encoding)  # which takes half a second
-gpt2_like = functools.partial(small_model, vocab_size=50257, n_embd=8)
 
 
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+get_encoding = functools.cache(fineweb.get_encoding)  # a call takes half a second
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working folder with q.jsonl, and hf/, a model."""
+    """A working folder with questions in q.jsonl and a model in hf/."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hellaswag, "get_encoding", get_encoding)
     write_jsonl(tmp_path / "q.jsonl", hub_rows())
-    export(gpt2_like(), tmp_path / "hf")
+    small_model(vocab_size=50257, n_embd=8).save_pretrained(tmp_path / "hf")
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def expected():
-    """hub_rows() in tokens."""
-    encode, questions = get_encoding("gpt2").encode_ordinary, []
+def assert_file_has_the_questions():
+    """Of hub_rows(), and nothing else is in its folder."""
+    encode = get_encoding("gpt2").encode_ordinary
+    expected = []
     for row in hub_rows():
-        endings = [encode(f" {ending}") for ending in row["endings"]]
-        questions.append((encode(row["ctx"]), endings, int(row["label"])))
-    return questions
+        endings = [encode(" " + ending) for ending in row["endings"]]
+        expected.append((encode(row["ctx"]), endings, int(row["label"])))
+    assert read_questions(QUESTIONS_FILE, get_encoding("gpt2")) == expected
+    assert [path.name for path in QUESTIONS_FILE.parent.iterdir()] == [QUESTIONS_FILE.name]
 
 
-def assert_file_is(expected):
-    written = FILE.read_bytes()
-    write_hellaswag(FILE, expected)
-    assert written == FILE.read_bytes()
-    assert [path.name for path in FILE.parent.iterdir()] == [FILE.name]
-
-
-def test_the_file_is_llmcs_byte_for_byte_and_comes_back(folder, expected, capsys):
+def test_a_local_copy_is_copied_as_it_is(folder, capsys):
     assert hellaswag.main(["--file", "q.jsonl"]) == 0
-    assert capsys.readouterr().out == f"{FILE}: 12 questions from q.jsonl\n"
-    assert_file_is(expected)
-    for (context, endings, label), wanted in zip(read_questions(FILE), expected, strict=True):
-        assert (context.tolist(), [e.tolist() for e in endings], label) == wanted
+    assert capsys.readouterr().out == f"{QUESTIONS_FILE} holds 12 questions\n"
+    assert QUESTIONS_FILE.read_bytes() == (folder / "q.jsonl").read_bytes()
+    assert_file_has_the_questions()
 
 
 def test_labels_are_numbers_or_texts_and_lines_may_be_blank(folder):
     rows = [dict(row, label=int(row["label"])) for row in hub_rows()]
     text = "\ufeff" + "\r\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (folder / "numbers.jsonl").write_bytes(text.encode())
-    assert hellaswag.main(["--file", "q.jsonl"]) == hellaswag.main(["--file", "numbers.jsonl"]) == 0
+    assert hellaswag.main(["--file", "numbers.jsonl"]) == 0
+    assert_file_has_the_questions()
+    # They are the same questions, so that nothing is in the way of the other file.
+    assert hellaswag.main(["--file", "q.jsonl"]) == 0
 
 
 def test_a_file_that_is_there_is_used_and_never_overwritten(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # it need not even be installed
     assert hellaswag.main(["--file", "q.jsonl"]) == 0
-    before = FILE.stat().st_mtime_ns, FILE.read_bytes()
-    for argv in ([], ["--file", "q.jsonl"]):
+    before = (QUESTIONS_FILE.stat().st_mtime_ns, QUESTIONS_FILE.read_bytes())
+    for argv in ([], ["--file", "q.jsonl"], ["--file", str(QUESTIONS_FILE)]):
         assert hellaswag.main(argv) == 0
-        assert "already" in capsys.readouterr().out
+        assert capsys.readouterr().out.endswith(f"{QUESTIONS_FILE} holds 12 questions\n")
     write_jsonl(folder / "other.jsonl", hub_rows(seed=1))
-    assert_one_error(folder, capsys, ["--file", "other.jsonl"], "other questions than --file other")
-    assert (FILE.stat().st_mtime_ns, FILE.read_bytes()) == before
+    assert_one_error(folder, capsys, ["--file", "other.jsonl"], "holds other questions than other")
+    assert (QUESTIONS_FILE.stat().st_mtime_ns, QUESTIONS_FILE.read_bytes()) == before
 
 
 def test_a_write_that_fails_leaves_nothing(folder, monkeypatch, capsys):
     def full(fd):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hellaswag.os, "fsync", full)
-    assert hellaswag.main(["--file", "q.jsonl"]) == 2
-    assert "can't be written (No space left on device)" in capsys.readouterr().err
-    assert not list(FILE.parent.iterdir())
+    monkeypatch.setattr(fineweb.os, "fsync", full)
+    assert hellaswag.main(["--file", "q.jsonl"]) == 1
+    err = capsys.readouterr().err
+    assert (
+        err.startswith("error: ")
+        and str(QUESTIONS_FILE) in err
+        and "No space left on device" in err
+    )
+    assert not list(QUESTIONS_FILE.parent.iterdir())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -295,71 +310,82 @@ def last_line(capsys):
     return capsys.readouterr().out.splitlines()[-1]
 
 
-def test_questions_come_from_the_hub_and_need_no_trainer(folder, expected, monkeypatch, capsys):
-    """By the real `datasets`, on rows of the hub's schema."""
+def test_questions_come_from_the_hub_and_need_no_trainer(folder, monkeypatch, capsys):
+    """By the real `datasets`, on rows with the hub's fields."""
     import datasets
 
-    rows = {("Rowan/hellaswag", "validation"): datasets.Dataset.from_list(hub_rows())}
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows[name, split])
+    on_the_hub = {("Rowan/hellaswag", "validation"): datasets.Dataset.from_list(hub_rows())}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: on_the_hub[name, split])
     monkeypatch.setitem(sys.modules, "train_gpt2", None)  # an import would fail
     assert hellaswag.main([]) == 0
-    assert capsys.readouterr().out == f"{FILE}: 12 questions from Rowan/hellaswag\n"
-    assert_file_is(expected)
+    assert capsys.readouterr().out == f"{QUESTIONS_FILE} holds 12 questions\n"
+    assert [json.loads(line) for line in QUESTIONS_FILE.read_text().splitlines()] == hub_rows()
+    assert_file_has_the_questions()
 
 
-def test_without_a_network_the_error_names_the_data_set_and_the_way_out(folder, capsys):
-    assert_one_error(folder, capsys, [], "error: Rowan/hellaswag can't be downloaded", "--file")
+def test_without_a_network_one_error_names_the_data_set(folder, capsys, monkeypatch):
+    """It is tried for three minutes, which pass at once here."""
+    now = 0.0
+
+    def sleep(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(fineweb.time, "sleep", sleep)
+    monkeypatch.setattr(fineweb.time, "monotonic", lambda: now)
+    assert_one_error(folder, capsys, [], "Rowan/hellaswag can't be downloaded")
 
 
-@pytest.mark.parametrize("what", ["hf", "model_00000.pt"])
-def test_scores_of_a_folder_and_a_checkpoint_are_those_of_the_trainer(folder, capsys, what):
-    model = gpt2_like()
-    config = {name: getattr(model.config, name) for name in train_gpt2.SIZES}
-    state = dict(format=1, step=0, config=config, model=model.state_dict())
-    torch.save(state, "model_00000.pt")
-    argv = ["--file", "q.jsonl", "--model", what, "--device", "cpu", "--dtype", "fp32"]
+def test_the_last_line_is_the_score(folder, capsys):
+    argv = ["--file", "q.jsonl", "--model", "hf", "--device", "cpu", "--dtype", "fp32"]
     assert hellaswag.main(argv) == 0
-    acc, acc_norm = (hits / 12 for hits in count_hits(model, read_questions(FILE), CPU))
-    wanted = f"hellaswag | 12 examples | acc {acc:.4f} | acc_norm {acc_norm:.4f}"
-    assert last_line(capsys) == wanted
+    questions = read_questions(QUESTIONS_FILE, get_encoding("gpt2"))
+    hits, hits_norm = count_hits(GPT2.from_pretrained("hf").eval(), questions, CPU)
+    score = f"acc {hits / 12:.4f} | acc_norm {hits_norm / 12:.4f}"
+    assert last_line(capsys) == f"hellaswag | 12 examples | {score}"
 
 
-@pytest.mark.parametrize("dtype", [[], ["--dtype", "bf16"]])
+@pytest.mark.parametrize("dtype", [None, "fp32", "tf32", "bf16"])
 def test_a_limit_in_any_precision_does_not_shorten_the_file(folder, capsys, dtype):
-    argv = ["--file", "q.jsonl", "--model", "hf", "--device", "cpu", "--limit", "4", *dtype]
+    argv = ["--file", "q.jsonl", "--model", "hf", "--device", "cpu", "--limit", "4"]
+    if dtype is not None:
+        argv += ["--dtype", dtype]
     assert hellaswag.main(argv) == 0
     score = r"hellaswag \| 4 examples \| acc (0\.\d{4}|1\.0000) \| acc_norm (0\.\d{4}|1\.0000)"
-    assert re.fullmatch(score, last_line(capsys)) and len(read_questions(FILE)) == 12
+    assert re.fullmatch(score, last_line(capsys))
+    assert_file_has_the_questions()
 
 
-def test_show_prints_context_endings_losses_the_choice_and_the_right_one(folder, capsys):
+def test_show_prints_context_endings_losses_the_choices_and_the_right_one(folder, capsys):
     flags = "--file q.jsonl --model hf --device cpu --dtype fp32 --show 2"
     assert hellaswag.main(flags.split()) == 0
     out = capsys.readouterr().out
+    assert out.splitlines()[-1].startswith("hellaswag | 12 examples")
     shown = out.split("--- example ")[1:]
-    assert len(shown) == 2 and out.splitlines()[-1].startswith("hellaswag | 12 examples")
-    sums, means = scores(gpt2_like(), read_questions(FILE)[:2], CPU)
-    for i, (row, text) in enumerate(zip(hub_rows(), shown, strict=False)):
+    assert len(shown) == 2
+    questions = read_questions(QUESTIONS_FILE, get_encoding("gpt2"))[:2]
+    sums, means = score_questions(GPT2.from_pretrained("hf").eval(), questions, CPU)
+    rows = hub_rows()
+    for i, text in enumerate(shown):
         number, context, _, *lines = text.splitlines()
-        assert (number, context) == (str(i), row["ctx"])
-        for k, (ending, line) in enumerate(zip(row["endings"], lines, strict=False)):
-            assert line.startswith(f"    {-sums[i, k]:8.2f} {-means[i, k]:8.4f}  {ending}")
-            notes = line.replace("acc_norm", "norm")
+        assert (number, context) == (str(i), rows[i]["ctx"])
+        for k, ending in enumerate(rows[i]["endings"]):
+            assert lines[k].startswith(f"    {-sums[i, k]:8.2f} {-means[i, k]:8.4f}  {ending}")
+            _, *notes = lines[k].split("  <- ")
             assert ("the choice by acc" in notes) == (k == sums[i].argmax())
-            assert ("the choice by norm" in notes) == (k == means[i].argmax())
-            assert line.endswith("right") == (k == int(row["label"]))
+            assert ("the choice by acc_norm" in notes) == (k == means[i].argmax())
+            assert ("right" in notes) == (k == int(rows[i]["label"]))
 
 
-@pytest.mark.parametrize("file, also", [("hellaswag", "train_gpt2"), ("train_gpt2", "hellaswag")])
-def test_importing_does_nothing(tmp_path, file, also):
-    late = f"datasets matplotlib safetensors transformers tiktoken {also}".split()
-    late += ["fineweb"] if file == "train_gpt2" else []
-    code = f"import sys, {file}; print([m for m in {late} if m in sys.modules])"
+@pytest.mark.parametrize("name, sibling", [("hellaswag", "train_gpt2"), ("train_gpt2", "fineweb")])
+def test_importing_does_nothing(tmp_path, name, sibling):
+    late = ["datasets", "transformers", "pyarrow", sibling]
+    code = f"import sys, {name}; print([m for m in {late} if m in sys.modules])"
     done = python("-c", code, cwd=tmp_path, env=dict(PYTHONPATH=str(ROOT)))
     assert done.stdout == "[]\n" and done.stderr == "" and not list(tmp_path.iterdir())
 
 
-def test_as_a_program_it_shows_progress_and_ends_with_the_score(folder):
+def test_as_a_program_it_ends_with_the_score(folder):
     argv = ["--file", "q.jsonl", "--model", "hf", "--device", "cpu"]
     done = python(ROOT / "hellaswag.py", *argv, cwd=folder, env=dict(WORLD_SIZE=""))
     score = r"hellaswag \| 12 examples \| acc [\d.]+ \| acc_norm [\d.]+"
@@ -372,13 +398,14 @@ def test_training_evaluates_on_the_file_or_says_how_to_make_it(folder, capsys, t
         assert hellaswag.main(["--file", "q.jsonl"]) == 0
     write_shards(folder / "gpt2", encoding="gpt2")
     flags = "--data=gpt2 --log_dir=log --max_steps=2 --hellaswag_every=1 --block_size=64"
-    assert train_gpt2.main([*TINY, *flags.split()]) == 0
-    out, log = capsys.readouterr().out, read_log("log")
+    assert train_gpt2.main(TINY + flags.split()) == 0
+    out = capsys.readouterr().out
+    log = read_log("log")
     if there:
         printed = [float(acc) for acc in re.findall(r"acc_norm ([\d.]+)", out)]
         assert printed == pytest.approx([log["hella"][t] for t in range(3)], abs=1e-4)
     else:
-        assert "no HellaSwag: " in out and "python hellaswag.py makes it" in out
+        assert "HellaSwag" in out and "python hellaswag.py" in out
         assert "hella" not in log
 
 
@@ -386,107 +413,118 @@ def test_training_evaluates_on_the_file_or_says_how_to_make_it(folder, capsys, t
 # Wrong input
 
 
-def without(field):
-    return lambda row: row.pop(field)
+def assert_one_error(folder, capsys, argv, *words):
+    """The exit code is 1, stderr ends with one line, and nothing in the folder has changed."""
+
+    def content():
+        return {path: path.is_dir() or path.read_bytes() for path in folder.rglob("*")}
+
+    before = content()
+    capsys.readouterr()
+    assert hellaswag.main(argv) == 1
+    err = capsys.readouterr().err
+    # Before it, there may be a bar of transformers, which rewrites its line.
+    line = err.splitlines()[-1]
+    assert line.startswith("error: ") and err.count("\n") <= 2, err
+    assert all(word in line for word in words), err
+    assert content() == before
 
 
-LINES = {
-    "not JSON": ('{"ctx": ', "is not JSON"),
-    "not UTF-8": (b'{"ctx": "\xff"}', "is not JSON"),
-    "nested without end": ("[" * 10**5, "is not JSON"),
-    "not an object": ("[1, 2]", "no JSON object"),
-    "null": ("null", "no JSON object"),
-    "no context": (without("ctx"), "no field ctx"),
-    "no endings": (without("endings"), "no field endings"),
-    "no label": (without("label"), "no field label"),
-    "three endings": (lambda row: row["endings"].pop(), "four"),
-    "endings are no list": (lambda row: row.update(endings="abcd"), "four"),
-    "ending is a number": (lambda row: row["endings"].__setitem__(2, 5), "ending 2 is no text"),
-    "empty ending": (lambda row: row["endings"].__setitem__(1, ""), "ending 1 is empty"),
-    "empty context": (lambda row: row.update(ctx=" "), "ctx is empty"),
-    "context is null": (lambda row: row.update(ctx=None), "ctx is no text"),
-    "label 4": (lambda row: row.update(label=4), "label is 4"),
-    "label -1": (lambda row: row.update(label="-1"), "label is '-1'"),
-    "label of the test split": (lambda row: row.update(label=""), "label is ''"),
-    "label true": (lambda row: row.update(label=True), "label is True"),
-    "label 1.5": (lambda row: row.update(label=1.5), "label is 1.5"),
-    "too long": (lambda row: row.update(ctx=" a" * 32760), "too much for the format"),
+NO_JSON = {
+    "not JSON": b'{"ctx": ',
+    "not UTF-8": b'{"ctx": "\xff"}',
+    "nested without end": b"[" * 10**5,
+    "not an object": b"[1, 2]",
+    "null": b"null",
+    "a text": b'"ctx endings label"',
 }
 
 
-def assert_one_error(folder, capsys, argv, *words):
-    """Exit code 2, one line on stderr, and nothing else changed."""
-    before = {path: path.is_dir() or path.read_bytes() for path in folder.rglob("*")}
-    capsys.readouterr()
-    assert hellaswag.main(argv) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    assert all(word in err for word in words), err
-    assert {path: path.is_dir() or path.read_bytes() for path in folder.rglob("*")} == before
+@pytest.mark.parametrize("line", NO_JSON.values(), ids=NO_JSON)
+def test_a_line_that_is_not_a_json_object_is_named(folder, capsys, line):
+    good = json.dumps(hub_rows(1)[0]).encode()
+    (folder / "wrong.jsonl").write_bytes(good + b"\n" + line + b"\n" + good)
+    assert_one_error(folder, capsys, ["--file", "wrong.jsonl"], "wrong.jsonl, line 2 is not JSON")
 
 
-@pytest.mark.parametrize("case", LINES)
-def test_a_line_that_is_no_question_is_named(folder, capsys, case):
-    wrong, message = LINES[case]
-    first, row, last = hub_rows(3)
-    if callable(wrong):
-        wrong(row)
-        wrong = json.dumps(row)
-    wrong = wrong if isinstance(wrong, bytes) else wrong.encode()
-    lines = [json.dumps(first).encode(), wrong, json.dumps(last).encode()]
-    (folder / "wrong.jsonl").write_bytes(b"\n".join(lines))
-    assert_one_error(folder, capsys, ["--file", "wrong.jsonl"], "wrong.jsonl, line 2", message)
+NO_QUESTION = {
+    "context is null": dict(ctx=None),
+    "context is empty": dict(ctx=" "),
+    "endings are null": dict(endings=None),
+    "endings are a text": dict(endings="abcd"),
+    "three endings": dict(endings=["a", "b", "c"]),
+    "an ending is a number": dict(endings=["a", "b", 5, "d"]),
+    "an ending is empty": dict(endings=["a", "", "c", "d"]),
+    "label 4": dict(label=4),
+    "label -1": dict(label="-1"),
+    "label of the test split": dict(label=""),
+    "label true": dict(label=True),
+    "label 1.5": dict(label=1.5),
+    "label is a list": dict(label=[1]),
+}
 
 
-def test_the_longest_example_the_format_can_hold(folder):
-    [row] = hub_rows(1)
-    # 5 + 1 + 32753 + 4 × 2 = 32767 numbers; with one more, their bytes exceed an uint16
-    for length, code in ((32754, 2), (32753, 0)):
-        row.update(ctx=" a" * length, endings=["b"] * 4)
-        write_jsonl(folder / "long.jsonl", [row])
-        assert hellaswag.main(["--file", "long.jsonl"]) == code
-    assert len(read_questions(FILE)[0][0]) == 32753
+@pytest.mark.parametrize("fields", NO_QUESTION.values(), ids=NO_QUESTION)
+def test_a_line_that_is_no_question_is_named(folder, capsys, fields):
+    first, second, third = hub_rows(3)
+    write_jsonl(folder / "wrong.jsonl", [first, second | fields, third])
+    words = ("wrong.jsonl, line 2 ", "four endings", "label from 0 to 3")
+    assert_one_error(folder, capsys, ["--file", "wrong.jsonl"], *words)
 
 
-WRONG = {
+@pytest.mark.parametrize("field", ["ctx", "endings", "label"])
+def test_a_question_without_a_field_is_named(folder, capsys, field):
+    row = hub_rows(1)[0]
+    row.pop(field)
+    write_jsonl(folder / "wrong.jsonl", [row])
+    assert_one_error(folder, capsys, ["--file", "wrong.jsonl"], "wrong.jsonl, line 1 ", field[:6])
+
+
+WRONG_FLAGS = {
     "no such file": ("--file nowhere.jsonl", "nowhere.jsonl"),
-    "a folder": ("--file hf", "--file hf"),
+    "a folder": ("--file hf", "hf can't be read"),
     "no questions": ("--file empty.jsonl", "no questions"),
-    "no such model": ("--file q.jsonl --model gpt3", "gpt3 is no model"),
-    "the demo model": ("--file q.jsonl --model demo", "demo is no model"),
-    "no weights": ("--file q.jsonl --model scratch", "scratch has no weights"),
+    "no such model": ("--file q.jsonl --model gpt3", "gpt3"),
+    "the demo model": ("--file q.jsonl --model demo", "demo"),
+    "no weights": ("--file q.jsonl --model scratch", "scratch"),
     "a model that is none": ("--file q.jsonl --model q.jsonl", "q.jsonl"),
-    "a model of bytes": ("--file q.jsonl --model bytes --device cpu", "vocabulary of 257"),
-    "limit 0": ("--limit 0", "--limit 0"),
-    "limit -1": ("--limit -1", "--limit -1"),
-    "limit many": ("--limit many", "--limit"),
-    "show -1": ("--show -1", "--show -1"),
+    "a model of bytes": ("--file q.jsonl --model bytes --device cpu", "other tokens than GPT-2's"),
+    "limit 0": ("--limit 0", "--limit"),
+    "limit -1": ("--limit -1", "--limit"),
+    "show -1": ("--show -1", "--show"),
     "show without a model": ("--file q.jsonl --show 1", "--model"),
-    "unknown flag": ("--models gpt2", "--models"),
-    "unknown dtype": ("--dtype fp8", "--dtype"),
     "no such device": ("--file q.jsonl --model hf --device tpu9", "tpu9"),
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_one_error(folder, capsys, case):
-    flags, message = WRONG[case]
+@pytest.mark.parametrize("flags, word", WRONG_FLAGS.values(), ids=WRONG_FLAGS)
+def test_wrong_input_is_one_error(folder, capsys, flags, word):
     (folder / "empty.jsonl").write_bytes(b"\n")
     if "bytes" in flags:
-        export(small_model(257), folder / "bytes")
-    assert_one_error(folder, capsys, flags.split(), message)
+        small_model().save_pretrained("bytes")
+    assert_one_error(folder, capsys, flags.split(), word)
+
+
+@pytest.mark.parametrize("flags", ["--limit many", "--models gpt2", "--dtype fp8"])
+def test_flags_that_are_none_are_usage_errors(folder, capsys, flags):
+    with pytest.raises(SystemExit, match="2"):
+        hellaswag.main(flags.split())
+    assert flags.split()[0] in capsys.readouterr().err
+
+
+def test_several_processes_are_an_error(folder, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_one_error(folder, capsys, ["--file", "q.jsonl"], "without torchrun")
 
 
 def test_a_folder_that_cannot_be_written(folder, capsys):
     (folder / "hellaswag").write_text("a file")
-    assert_one_error(folder, capsys, ["--file", "q.jsonl"], str(FILE), "can't be written")
+    assert_one_error(folder, capsys, ["--file", "q.jsonl"], str(QUESTIONS_FILE), "can't be written")
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", llmc_header(20240520, 1) + bytes(100), None])
-def test_a_file_of_questions_that_is_none(folder, capsys, content):
-    """Or has a token beyond the vocabulary."""
-    write_hellaswag(FILE, [([60000], [[1], [2], [3], [4]], 0)])
-    if content is not None:
-        FILE.write_bytes(content)
-    assert_one_error(folder, capsys, [], str(FILE))
-    assert_one_error(folder, capsys, ["--model", "hf", "--device", "cpu"], str(FILE))
+@pytest.mark.parametrize("content", [b"", b"junk", b'{"ctx": "a"}\n'])
+def test_a_damaged_file_of_questions_is_named(folder, capsys, content):
+    QUESTIONS_FILE.parent.mkdir()
+    QUESTIONS_FILE.write_bytes(content)
+    assert_one_error(folder, capsys, [], str(QUESTIONS_FILE), "remove the file")
+    assert_one_error(folder, capsys, ["--model", "hf", "--device", "cpu"], str(QUESTIONS_FILE))
