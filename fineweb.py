@@ -51,31 +51,30 @@ CONFIG = "sample-10BT"
 PRETOKENIZED = "kjj0/finewebedu10B-gpt2"
 SEPARATOR = "<|endoftext|>"
 PIECE = 2**20  # characters of a piece: 100 ms of work for a worker
-DOWNLOADS = "downloads"  # folder in --out that keeps files of the hub while they are needed
+DOWNLOADS = "downloads"  # the folder in --out where files of the hub lie while they are read
 
 # --------------------------------------------------------------------------------------------------
 # What is printed
 
 
+# What a closed pipe, a full disk or a terminal that is gone raise when one prints
+UNPRINTABLE = (OSError, ValueError, AttributeError)
+
+
 def say(message, stream=None):
     """Print a line to stdout, or to another stream, above the progress bar if there is one.
 
-    A closed pipe, a lost terminal or a full disk costs the line, but never the work.
+    What can't be printed is lost, but never ends the work.
     """
     stream = stream or sys.stdout
     try:
         tqdm.write(message, file=stream)
         stream.flush()
-    except (OSError, ValueError, AttributeError):
+    except UNPRINTABLE:
         # Python flushes its streams when it exits, which would fail once more, with a message and
-        # an exit code of its own. So the rest goes nowhere.
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        # an exit code of its own. So what is left goes nowhere.
+        with contextlib.suppress(*UNPRINTABLE):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def one_line(text):
-    """Return a text, or what an exception says, on one line that is not too long."""
-    return shorten(str(text), 300, placeholder=" …")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -87,14 +86,14 @@ def one_line(text):
 GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\s+(?!\S)|\s"
 
 
-def get_encoding(name) -> tiktoken.Encoding:
-    """Return a new encoding: "gpt2", or "bytes", where a token is a byte of UTF-8.
+def get_encoding(name):
+    """Return a new tiktoken.Encoding: "gpt2", or "bytes", where a token is a byte of UTF-8.
 
     Raises SystemExit for another name, and where OpenAI's files for "gpt2" can't be had.
     """
     if name == "bytes":
-        ranks = {bytes([i]): i for i in range(256)}
         pattern = r"[\s\S]{1,32}"
+        ranks = {bytes([i]): i for i in range(256)}
     elif name == "gpt2":
         pattern = GPT2_PATTERN
         try:
@@ -102,20 +101,22 @@ def get_encoding(name) -> tiktoken.Encoding:
             ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
         except (OSError, ValueError) as error:
             raise SystemExit(
-                f"error: the GPT-2 tokenizer can't be downloaded ({one_line(error)}); connect to "
-                "the network once, or let TIKTOKEN_CACHE_DIR name a folder that tiktoken has filled"
+                f"error: the GPT-2 tokenizer can't be downloaded ({shorten(str(error), 300)}); "
+                "connect to the network once, or let TIKTOKEN_CACHE_DIR name a folder that "
+                "tiktoken has filled"
             ) from error
     else:
         raise SystemExit(f"error: there is no encoding {name}; choose gpt2 or bytes")
-    special = {SEPARATOR: len(ranks)}  # 256 or 50256
+    special = {SEPARATOR: len(ranks)}  # 50256 or 256
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 # --------------------------------------------------------------------------------------------------
 # Reading files
 #
-# A reader takes an open file and yields (whether a document starts here, text) for each of its
-# rows. The text of a row that has none is None.
+# A reader takes an open file, which is of text for all but Parquet, and the name of a column. For
+# each row it yields whether a document starts there, and the text, or None where a row has none.
+# It raises a ValueError for a file that can't be understood.
 
 # Python's own white space has characters like \x1c, which tiktoken takes for text.
 WHITE_SPACE = " \t\n\r\v\f"
@@ -134,23 +135,19 @@ def mark_broken(error):
     return "\udcff", error.end
 
 
-def read_text(path, file, column):
+def read_text(file, column):
     """Text is one document, or several with <|endoftext|> between them. White space beside
     <|endoftext|> belongs to no document."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")("mark")
     rest = ""
     starts = True
     to_strip = ""  # white space, once a separator stands before the text
-    block = None
-    while block != b"":
-        block = file.read(PIECE)
-        if b"\0" in block:
-            raise SystemExit(
-                f"error: {path} has NUL bytes, so it is not UTF-8; convert it (if it is UTF-16, "
-                "with iconv -f UTF-16 -t UTF-8), or remove them (tr -d '\\0')"
+    for block in iter(partial(file.read, PIECE), ""):
+        if "\0" in block:
+            raise ValueError(
+                "it has NUL bytes, so it is not UTF-8; convert UTF-16 with `iconv -f UTF-16 -t "
+                "UTF-8`, or remove the bytes with `tr -d '\\0'`"
             )
-        rest += decoder.decode(block, final=not block)
-        documents = rest.split(SEPARATOR)
+        documents = (rest + block).split(SEPARATOR)
         rest = documents.pop()
         for document in documents:
             text = document.rstrip(WHITE_SPACE).lstrip(to_strip)
@@ -170,70 +167,58 @@ def read_text(path, file, column):
         yield starts, rest
 
 
-def read_json(path, file, column):
+def read_json(file, column):
     """Each line of JSON is a document, or each object of one list, which is read whole."""
-    if file.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
-        rows = json.loads(file.read().decode("utf-8-sig", "mark"))
-    else:
-        rows = parse_lines(path, file)
-    return read_rows(path, rows, column)
+    if re.match(rb"[\s\xef\xbb\xbf]*\[", file.buffer.peek(64)):  # perhaps after a byte order mark
+        return read_rows(json.load(file), column)
+    return read_rows(parse_lines(file), column)
 
 
-def parse_lines(path, file):
-    """Yield the value of each line that is not empty."""
+def parse_lines(file):
+    """Yield the value of each line of JSON that is not empty."""
     for number, line in enumerate(file, 1):
-        text = line.decode("utf-8-sig", "mark").strip()
         try:
-            if text:
-                yield json.loads(text)
+            if line.strip():
+                yield json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise SystemExit(
-                f"error: {path}, line {number} is not JSON ({one_line(error)}); mend or remove it"
-            ) from error
+            raise ValueError(f"line {number} is not JSON: {error}") from error
 
 
-def read_csv(path, file, column):
+def read_csv(file, column):
     """Each row of a table is a document. The first line names the columns."""
     csv.field_size_limit(2**31 - 1)
-    lines = io.TextIOWrapper(file, "utf-8-sig", "mark", newline="")
-    return read_rows(path, csv.DictReader(lines), column)
+    return read_rows(csv.DictReader(file), column)
 
 
-def read_rows(path, rows, column):
-    """Each row is a document, and a dict by column."""
+def read_rows(rows, column):
+    """Each row, a dict by column, is a document."""
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise SystemExit(
-                f"error: {path}, row {number} is no JSON object with a column {column}; remove it"
-            )
+            raise ValueError(f"row {number} is no JSON object with a column {column}")
         if number == 1:
-            check_column(path, column, row)
+            check_column(column, row)
         text = row.get(column)
         yield True, text if isinstance(text, str) else None
 
 
-def check_column(path, column, names):
+def check_column(column, names):
     if column not in names:
-        raise SystemExit(
-            f"error: {path} has no column {column}, but {', '.join(map(str, names))}; "
-            "choose one with --text_column"
-        )
+        columns = ", ".join(map(str, names))
+        raise ValueError(f"it has no column {column}, but {columns}; choose with --text_column")
 
 
-def read_parquet(path, file, column):
+def read_parquet(file, column):
     """Each row is a document. Of the file's columns only this one is read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     # Without pre_buffer and threads, Arrow reads no more than it is asked for.
     table = pq.ParquetFile(file, pre_buffer=False, buffer_size=PIECE)
-    check_column(path, column, table.schema_arrow.names)
+    check_column(column, table.schema_arrow.names)
     for batch in table.iter_batches(64, columns=[column], use_threads=False):
         texts = batch.column(0)
-        if not re.search("string|null", str(texts.type)):
-            raise SystemExit(
-                f"error: {path}: column {column} is {texts.type}, no text; see --text_column"
-            )
+        if "string" not in str(texts.type):
+            raise ValueError(f"column {column} is {texts.type}, no text; choose with --text_column")
         for text in texts.cast(pa.large_binary()).to_pylist():
             yield True, text if text is None else text.decode("utf-8", "mark")
 
@@ -253,7 +238,7 @@ READERS = {
     ".md": read_text,
 }
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zstd}
-KINDS = f"{', '.join(READERS)} (all but the first with {', '.join(COMPRESSED)}, too)"
+KINDS = f"{', '.join(READERS)}, all with {', '.join(COMPRESSED)}, too"
 # What libraries raise for a file that is cut short or damaged; Arrow's errors are ValueErrors.
 DAMAGE = (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError, csv.Error)
 
@@ -266,13 +251,12 @@ def find_reader(path):
         suffix = os.path.splitext(stem)[1]
     if suffix not in READERS or os.path.basename(path) == "manifest.json":
         return None
-    if unpack and suffix == ".parquet":
-        return None
     return READERS[suffix], unpack
 
 
 def read_file(path, column, first_row):
-    """Yield (row number, share of the file that was read, (whether a document starts here, text)).
+    """Yield (number of the first row, share of the file that was read, rows) of pieces of a file,
+    which have about a megabyte.
 
     Raises SystemExit where the file can't be opened or is damaged.
     """
@@ -281,12 +265,23 @@ def read_file(path, column, first_row):
         with open(path, "rb") as packed:
             size = os.path.getsize(path) or 1
             file = unpack(packed) if unpack else packed
-            for number, row in islice(enumerate(reader(path, file, column)), first_row, None):
-                yield number, packed.tell() / size, row
+            if reader is not read_parquet:
+                file = io.TextIOWrapper(file, "utf-8-sig", "mark", newline="")
+            rows = []
+            length = 0
+            for starts, text in islice(reader(file, column), first_row, None):
+                rows.append((starts, text))
+                length += len(text or "") + 1
+                if length > PIECE:
+                    yield first_row, packed.tell() / size, rows
+                    first_row += len(rows)
+                    rows = []
+                    length = 0
+            yield first_row, 1, rows
     except DAMAGE as error:
         raise SystemExit(
-            f"error: {path} can't be read ({one_line(error)}); mend or replace it, and the same "
-            "command goes on"
+            f"error: {path} can't be read: {shorten(str(error), 300)}; put that right, and run the "
+            "same command again"
         ) from error
 
 
@@ -336,7 +331,7 @@ def keep_readable(paths, where):
     """Return the paths that there is a reader for, and say which others are left out."""
     readable = [path for path in paths if find_reader(path)]
     others = [path for path in paths if not find_reader(path)]
-    names = one_line(", ".join(others))
+    names = shorten(", ".join(others), 300)
     if not readable:
         raise SystemExit(f"error: {where}: {names or 'no such file'}; name files of {KINDS}")
     if others:
@@ -381,56 +376,42 @@ def in_background(function):
     return future
 
 
-def download(what: str, fetch, seconds=None):
+# Trying again is of no use after these, nor after a ValueError, which is a name that can't be one.
+FINAL = {"GatedRepoError", "OfflineModeIsEnabled", "DataFilesNotFoundError"}
+
+
+def download(what, fetch, seconds=None):
     """Return the result of fetch(), which downloads `what` and may take so many seconds.
 
     A failure is tried again until three minutes have passed since the first one. Raises SystemExit
     after that, and at once where trying again is of no use.
     """
     deadline = None
-    pause = 1
     while True:
         try:
             return in_background(fetch).result(seconds)
         except (TypeError, AttributeError, NameError):
             raise  # This is no failure of the network, but a mistake in a program.
         except Exception as error:  # Lost connections come in a dozen types, Xet's as RuntimeError.
-            reason, is_final = explain(error)
+            # The clients raise their own exception from the one that says what happened.
+            cause = error.__cause__ or error
+            reason = f"{type(cause).__name__}: {shorten(str(cause), 300)}"
+            status = getattr(getattr(cause, "response", None), "status_code", None)
+            kinds = {type(error).__name__, type(cause).__name__}
+            is_final = status in (401, 404) or isinstance(cause, ValueError) or kinds & FINAL
             deadline = deadline or time.monotonic() + 180
-            if is_final or time.monotonic() + pause > deadline:
+            if is_final or time.monotonic() > deadline:
                 raise SystemExit(
                     f"error: {what} can't be downloaded ({reason}); check the name and the "
                     "network, or log in with `hf auth login`, and run the same command again"
                 ) from error
-            say(f"{what}: {reason}; trying again in {pause} s")
-        time.sleep(pause)
-        pause = min(2 * pause, 60)
-
-
-# Names that can't be ones or are not there, and what the clients refuse to do
-FINAL = "HFValidationError OfflineModeIsEnabled GatedRepoError DataFilesNotFoundError ValueError"
-
-
-def explain(error):
-    """Return why a download failed, and whether it would fail again.
-
-    The clients wrap one exception in another, and only the innermost says what happened.
-    """
-    while True:
-        kind = type(error).__name__
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = f"HTTP status {status}" if status else f"{kind}: {one_line(error)}"
-        if status in (401, 404) or kind in FINAL:
-            return reason, True
-        cause = error.__cause__ or error.__context__
-        if cause is None:
-            return reason, False
-        error = cause
+        say(f"{what}: {reason}; trying again in 10 s")
+        time.sleep(10)
 
 
 def find_hub_files(dataset, name):
-    """Return the newest commit of a data set and the files of its train split in it. For a data set
-    that is a local folder, these are None and paths."""
+    """Return the newest commit of a data set, and the files of its train split. For a data set that
+    is a local folder, these are None and paths."""
     import datasets
     from huggingface_hub import HfApi
 
@@ -439,30 +420,36 @@ def find_hub_files(dataset, name):
         commit = download(dataset, partial(HfApi().dataset_info, dataset, timeout=10)).sha
     where = f"--dataset {dataset}, --name {name}"
     load = partial(datasets.load_dataset_builder, dataset, name, revision=commit)
-    config = download(where, load, seconds=120).config
-    urls = (config.data_files or {}).get("train", [])
+    builder = download(where, load, seconds=120)
+    urls = (builder.config.data_files or {}).get("train", [])
     names = [re.sub("hf://datasets/.+?@[^/]+/", "", str(url)) for url in urls]
     return commit, keep_readable(names, f"{where}, split train")
 
 
-def fetch_files(dataset, commit, names, folder):
-    """Yield the path of each file, downloaded whole. While one is read, the next is on its way."""
+def download_file(dataset, commit, name, folder):
+    """Download a file of the hub into a folder, unless it is there. Returns its path."""
     from huggingface_hub import hf_hub_download
 
-    def start(name):
-        options = dict(repo_type="dataset", revision=commit, local_dir=folder)
-        fetch = partial(hf_hub_download, dataset, name, **options)
-        return in_background(partial(download, name, fetch))
+    options = dict(repo_type="dataset", revision=commit, local_dir=folder)
+    return download(name, partial(hf_hub_download, dataset, name, **options))
 
+
+def fetch_files(dataset, commit, names, folder):
+    """Yield the path of each file, downloaded whole. While one is read, the next is on its way."""
     # huggingface_hub does not go on with what an earlier run has left.
     for path in folder.rglob("*.incomplete"):
         path.unlink()
-    coming = start(names[0])
-    for name in names[1:]:
-        path = coming.result()
-        coming = start(name)
-        yield path
-    yield coming.result()
+    tasks = (partial(download_file, dataset, commit, name, folder) for name in names)
+    return results_of(map(in_background, tasks), 1)
+
+
+def results_of(futures, count):
+    """Yield the results of futures in their order, while the next `count` of them are under way."""
+    waiting = deque(islice(futures, count))
+    while waiting:
+        result = waiting.popleft().result()
+        waiting.extend(islice(futures, 1))
+        yield result
 
 
 # --------------------------------------------------------------------------------------------------
@@ -476,9 +463,12 @@ def start_worker(encoding_name):
     WORKER.encoding = get_encoding(encoding_name)
 
 
-def tokenize(rows):
-    """Return the tokens of rows, (T,) in uint16, and how many rows had no text and how many
-    characters were broken. `<|endoftext|>` in a text is text like any other."""
+def tokenize(place, share, rows):
+    """Turn the rows of a piece into tokens. `<|endoftext|>` in a text is text like any other.
+
+    Returns place, share, the tokens, (T,) in uint16, how many rows had no text, and how many
+    characters were broken.
+    """
     encode = partial(WORKER.encoding.encode_to_numpy, disallowed_special=())
     start = np.array([WORKER.encoding.eot_token], np.uint32)
     arrays = [start[:0]]
@@ -497,50 +487,60 @@ def tokenize(rows):
                 mended, count = re.subn("[\ud800-\udfff]", "\ufffd", stretch)
                 arrays.append(encode(mended))
                 broken += count
-    return np.concatenate(arrays).astype(np.uint16), skipped, broken
+    return place, share, np.concatenate(arrays).astype(np.uint16), skipped, broken
 
 
 def read_pieces(paths, sizes, column, place):
     """Yield (place, share of the source that was read, rows) of pieces, from a place on. A piece
-    is of one file, and its rows are about a megabyte."""
-    first_row = place["row"]
-    total = sum(sizes) or 1
+    is of one file."""
+    total = sum(sizes)
     done = sum(sizes[: place["file"]])
+    first_row = place["row"]
     for number, path in enumerate(paths, place["file"]):
-        rows = []
-        length = 0
-        for row, share, (starts, text) in read_file(path, column, first_row):
-            if not rows:
-                place = dict(file=number, row=row)
-            rows.append((starts, text))
-            length += len(text or "") + 1
-            if length > PIECE:
-                yield place, (done + share * sizes[number]) / total, rows
-                rows = []
-                length = 0
+        for row, share, rows in read_file(path, column, first_row):
+            yield dict(file=number, row=row), (done + share * sizes[number]) / total, rows
         done += sizes[number]
-        if rows:
-            yield place, done / total, rows
         first_row = 0
 
 
-def tokenize_pieces(pool, pieces, in_flight):
-    """Yield (place, share, result of `tokenize`) of pieces in order, with so many under way."""
-    waiting = deque()
-    for place, share, rows in pieces:
-        waiting.append((place, share, pool.submit(tokenize, rows)))
-        if len(waiting) > in_flight:
-            place, share, future = waiting.popleft()
-            yield place, share, future.result()
-    for place, share, future in waiting:
-        yield place, share, future.result()
+def fill_shards(results, manifest, start, limit, bar):
+    """Yield (place in the source where a shard ends, its tokens) until there are `limit` tokens.
+
+    The first shard begins with `start`. The last one is short, or empty if nothing is left for it.
+    """
+    count = count_tokens(manifest["shards"])  # tokens in finished shards
+    arrays = [start]
+    filled = len(start)
+    used = manifest["place"]["tokens"]  # tokens of the piece that are in shards
+    for place, share, tokens, skipped, broken in results:
+        while used < len(tokens):
+            size = min(manifest["shard_size"], limit - count)
+            taken = tokens[used:][: size - filled]
+            arrays.append(taken)
+            used += len(taken)
+            filled += len(taken)
+            bar.update(len(taken))
+            if filled == size:
+                yield {**place, "tokens": used}, np.concatenate(arrays)
+                arrays = [start[:0]]
+                filled = 0
+                count += size
+            if count == limit:
+                return
+        used -= len(tokens)
+        # These are counted with the last token of a piece, since a later run that begins within
+        # the piece tokenises all of it again.
+        manifest["skipped"] += skipped
+        manifest["broken"] += broken
+        bar.total = min(round(bar.n / share), limit)
+    yield dict(file=len(manifest["files"]), row=0, tokens=0), np.concatenate(arrays)
 
 
 # --------------------------------------------------------------------------------------------------
 # Shards and their manifest
 
 
-def write_file(path: Path, content: bytes):
+def write_file(path, content):
     """Write a file that appears whole or not at all. Raises SystemExit where that fails."""
     unfinished = path.with_name(path.name + ".tmp")
     try:
@@ -564,8 +564,15 @@ def write_shard(path, tokens):
     content = io.BytesIO()
     np.save(content, tokens)
     write_file(path, content.getbuffer())
-    digest = hashlib.sha256(content.getbuffer()).hexdigest()
-    return dict(name=path.name, tokens=len(tokens), sha256=digest)
+    return describe_shard(path)
+
+
+def describe_shard(path):
+    """Return a shard's entry in the manifest, made of its file."""
+    content = np.memmap(path, np.uint8, "r")
+    header = 1024 if path.suffix == ".bin" else 128
+    digest = hashlib.sha256(content).hexdigest()
+    return dict(name=path.name, tokens=(len(content) - header) // 2, sha256=digest)
 
 
 def write_manifest(out, manifest):
@@ -581,56 +588,44 @@ def count_tokens(shards):
     return sum(shard["tokens"] for shard in shards)
 
 
-def read_manifest(out, new=None):
+def read_manifest(out, new):
     """Return the manifest of an earlier run of the same command, or a new one.
 
-    Raises SystemExit where the manifest is damaged, and where the folder holds shards that it does
-    not know, or those of another source, encoding or size.
+    Raises SystemExit where the manifest is damaged, where shards are gone, and where the folder
+    holds shards that are not noted, or are of another source, encoding or size.
     """
-    path = out / "manifest.json"
-    help = f"choose another --out, or remove {out}"
-    manifest = None
+    advice = f"choose another --out, or remove {out}"
+    manifest = {"shards": []}
     names = []
-    if path.exists():
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            names = [shard["name"] for shard in manifest["shards"]]
-            # A run that was killed may have had no time to note its last shard.
-            names.append(shard_name(manifest.get("prefix"), len(names)))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise SystemExit(f"error: {path} is no manifest ({error!r}); {help}") from error
-    for file in sorted(out.glob("*_*.*")):
+    try:
+        manifest = json.loads((out / "manifest.json").read_bytes())
+        names = [shard["name"] for shard in manifest["shards"]]
+        # A run that was killed may have had no time to note its last shard.
+        names += manifest.get("published", [shard_name("text", len(names))])
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise SystemExit(
+            f"error: {out}/manifest.json is no manifest ({error!r}); {advice}"
+        ) from error
+    for file in sorted(out.glob("*")):
         if file.suffix in (".npy", ".bin") and file.name not in names:
-            raise SystemExit(f"error: {out} holds other shards ({file.name}); {help}")
-    if not names[1:]:
+            raise SystemExit(f"error: {out} holds other shards ({file.name}); {advice}")
+    if not manifest["shards"]:
         return new
-    for key in ("source", "encoding", "shard_size") if new else ():
-        if manifest.get(key) != new.get(key):
+    for key in "source", "encoding", "shard_size":
+        was = manifest.get(key)
+        if new and was != new.get(key):
             raise SystemExit(
-                f"error: {out} holds shards of another run: {key} is {new.get(key)}, and was "
-                f"{manifest.get(key)}; {help}"
+                f"error: {out} holds shards of another run: the {key} is {new.get(key)}, and was "
+                f"{was}; {advice}"
             )
-    return manifest
-
-
-def header_size(name):
-    """Return the bytes before the tokens in a shard's file."""
-    return 1024 if name.endswith(".bin") else 128
-
-
-def check_sizes(out, shards):
-    """Raise SystemExit unless each shard is there, and as long as the manifest says.
-
-    The last one may be longer, if a run was killed before it noted that the shard has grown.
-    """
-    for shard in shards:
+    for shard in manifest["shards"]:
         path = out / shard["name"]
-        size = path.stat().st_size if path.exists() else 0
-        if size < header_size(path.name) + 2 * shard["tokens"]:
-            raise SystemExit(
-                f"error: {path} is gone, or not as long as manifest.json says; put it back, or "
-                f"remove {out} and start again"
-            )
+        # It is longer if a run was killed before it noted that the last shard has grown.
+        if not path.exists() or path.stat().st_size < 2 * shard["tokens"] + 128:
+            raise SystemExit(f"error: {path} is gone or too short; put it back, or remove {out}")
+    return manifest
 
 
 @contextlib.contextmanager
@@ -652,41 +647,7 @@ def locked(out):
         lock.release()
         with contextlib.suppress(OSError):
             if os.listdir(out) == [".lock"]:  # Nothing came of it.
-                (out / ".lock").unlink()
-                out.rmdir()
-
-
-def fill_shards(results, manifest, start, limit, bar):
-    """Yield (place in the source where a shard ends, its tokens) until there are `limit` tokens.
-
-    The first shard begins with `start`. The last one is short, and empty if there is nothing left.
-    """
-    count = count_tokens(manifest["shards"]) + len(start)
-    arrays = [start]
-    room = manifest["shard_size"] - len(start)  # tokens that the shard still lacks
-    to_skip = manifest["place"]["tokens"]
-    for place, share, (tokens, skipped, broken) in results:
-        used = min(to_skip, len(tokens))
-        to_skip -= used
-        while used < len(tokens):
-            taken = tokens[used:][: min(room, limit - count)]
-            arrays.append(taken)
-            used += len(taken)
-            count += len(taken)
-            room -= len(taken)
-            if room == 0 or count == limit:
-                yield {**place, "tokens": used}, np.concatenate(arrays)
-                arrays = [start[:0]]
-                room = manifest["shard_size"]
-            if count == limit:
-                return
-        # These are counted with the last token of a piece, since a later run that begins within
-        # the piece tokenises all of it again.
-        manifest["skipped"] += skipped
-        manifest["broken"] += broken
-        bar.total = min(round(count / share), limit)
-        bar.update(count - bar.n)
-    yield dict(file=len(manifest["files"]), row=0, tokens=0), np.concatenate(arrays)
+                shutil.rmtree(out)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -695,22 +656,12 @@ def fill_shards(results, manifest, start, limit, bar):
 
 def prepare(args):
     """Tokenise a source into shards in --out, from where an earlier run stopped."""
-    out = Path(args.out)
-    limit = args.max_tokens or 2**63
-    source = f"{args.dataset}, {args.name}"
-    prefix = "edufineweb" if args.dataset == DATASET else "text"
-    if args.files:
-        paths = find_files(args.files, out)
-        names = ", ".join(os.path.basename(path) for path in paths)
-        source = f"{len(paths)} files: {one_line(names)}"
-        prefix = "text"
+    out = args.out
+    paths = find_files(args.files, out)
     new = dict(
         encoding=args.encoding,
-        vocab_size=None,
-        source=f"{source}, column {args.text_column}",
+        source=f"{args.dataset or 'files'}, {args.name}, column {args.text_column}",
         commit=None,
-        files=[],
-        prefix=prefix,
         shard_size=args.shard_size,
         finished=False,
         place=dict(file=0, row=0, tokens=0),
@@ -720,23 +671,24 @@ def prepare(args):
     )
     manifest = read_manifest(out, new)
     shards = manifest["shards"]
-    check_sizes(out, shards)
-    if args.files:
+    if paths:
         manifest["files"] = paths
     elif not manifest["commit"]:
         # Both are noted, so that a later run reads the same files.
         manifest["commit"], manifest["files"] = find_hub_files(args.dataset, args.name)
     files = manifest["files"]
-    place = manifest["place"]
+    first_file = manifest["place"]["file"]
     is_local = manifest["commit"] is None
-    if is_local and shards and manifest["fingerprint"] != take_fingerprint(files, place["file"]):
+    known = manifest.get("fingerprint")
+    if known and known != take_fingerprint(files, first_file):
         raise SystemExit(
             f"error: {out} holds shards of other text: the files, or what was read of them, have "
             f"changed; choose another --out, or remove {out}"
         )
     first_count = count_tokens(shards)
-    if place["file"] == len(files) or first_count >= limit:
-        finish(out, manifest, "finished before")
+    if first_file == len(files) or first_count >= args.max_tokens:
+        say(f"{out} was finished before")
+        finish(out, manifest)
         return
 
     encoding = get_encoding(args.encoding)
@@ -750,35 +702,32 @@ def prepare(args):
             last = shards.pop()
             start = np.load(out / last["name"])[: last["tokens"]]
     downloads = out / DOWNLOADS
-    if is_local:
-        paths = files[place["file"] :]
-        sizes = [os.path.getsize(path) for path in files]
-    else:
-        paths = fetch_files(args.dataset, manifest["commit"], files[place["file"] :], downloads)
-        sizes = [1] * len(files)  # unknown, but about equal in most data sets
+    paths = files[first_file:]
+    if not is_local:
+        paths = fetch_files(args.dataset, manifest["commit"], paths, downloads)
+    # The files of the hub are taken to be equal in size, as they are in most data sets.
+    sizes = [os.path.getsize(path) + 1 if is_local else 1 for path in files]
 
     codecs.register_error("mark", mark_broken)
-    start_time = time.perf_counter()
     pool = ThreadPoolExecutor(args.num_workers, initializer=start_worker, initargs=[args.encoding])
     bar = tqdm(initial=first_count, unit=" tokens", unit_scale=True, disable=None)
     try:
-        pieces = read_pieces(paths, sizes, args.text_column, place)
+        pieces = read_pieces(paths, sizes, args.text_column, manifest["place"])
+        tasks = (pool.submit(tokenize, *piece) for piece in pieces)
         # So many are under way that the workers are busy while a shard is written.
-        results = tokenize_pieces(pool, pieces, 8 * args.num_workers)
-        for place, tokens in fill_shards(results, manifest, start, limit, bar):
+        results = results_of(tasks, 8 * args.num_workers)
+        for place, tokens in fill_shards(results, manifest, start, args.max_tokens, bar):
             if len(tokens):
                 if not shards:
-                    write_manifest(out, manifest)  # No shard is ever without a manifest.
                     manifest["val_files"] = place["file"] + 1
-                path = out / shard_name(manifest["prefix"], len(shards))
+                    write_manifest(out, manifest)  # No shard is ever without a manifest.
+                path = out / shard_name("text", len(shards))
                 shards.append(write_shard(path, tokens))
                 shards[-1]["documents"] = int(np.count_nonzero(tokens == encoding.eot_token))
                 say(f"{path}: {len(tokens):,} tokens")
-            elif not shards:
+            if not shards:
                 skipped = f"{manifest['skipped']:,} rows without text were skipped"
-                raise SystemExit(
-                    f"error: there is no text in {source} ({skipped}); name other files"
-                )
+                raise SystemExit(f"error: there is no text in the source ({skipped}); name another")
             manifest["place"] = place
             if is_local:
                 manifest["fingerprint"] = take_fingerprint(files, place["file"])
@@ -789,106 +738,82 @@ def prepare(args):
     finally:
         bar.close()
         pool.shutdown(cancel_futures=True)
-    seconds = time.perf_counter() - start_time
-    speed = (count_tokens(shards) - first_count) / seconds
-    finish(out, manifest, f"{seconds:.1f} s, {speed:,.0f} tokens a second")
+    finish(out, manifest)
 
 
-def finish(out, manifest, ending):
+def finish(out, manifest):
     """Note that the data are finished, remove what is left of the source, and print what there is
     and what one should know about it."""
     if not manifest["finished"]:
         write_manifest(out, {**manifest, "finished": True})
     shutil.rmtree(out / DOWNLOADS, ignore_errors=True)
     shards = manifest["shards"]
-    files = manifest["files"]
     tokens = count_tokens(shards)
-    if manifest["skipped"]:
-        say(f"warning: {manifest['skipped']:,} rows without text were skipped", sys.stderr)
-    if manifest["broken"]:
-        say(f"warning: {manifest['broken']:,} broken characters are now U+FFFD", sys.stderr)
     if len(shards) == 1:
         say(
-            f"warning: all tokens are in the val shard, none are left to train on; remove {out}, "
-            f"and run the same command with --shard_size {max(2, tokens // 10)}",
+            "warning: all tokens are in the val shard, and there are none to train on; remove "
+            f"{out}, and run the same command with --shard_size {max(2, tokens // 10)}",
             sys.stderr,
         )
     else:
         count = manifest["val_files"]
+        names = shorten(", ".join(manifest["files"][:count]), 300)
         say(
-            f"{out}: the val shard is the beginning of the text, from {count:,} of {len(files):,} "
-            f"files: {one_line(', '.join(files[:count]))}; to choose, change the order of --files, "
+            f"{out}: the val shard is the beginning of the text, from {count:,} of "
+            f"{len(manifest['files']):,} files: {names}; to choose, change the order of --files, "
             "or --shard_size"
         )
     documents = sum(shard["documents"] for shard in shards)
-    say(f"{out}: {len(shards)} shards, {documents:,} documents, {tokens:,} tokens, {ending}")
+    say(
+        f"{out}: {manifest['skipped']:,} rows without text were skipped, {manifest['broken']:,} "
+        "broken characters were replaced by U+FFFD"
+    )
+    say(f"{out}: {len(shards)} shards, {documents:,} documents, {tokens:,} tokens")
 
 
-def verify(args):
+def verify(out):
     """Compare every shard with the manifest. Raises SystemExit where one is not as it says."""
-    out = Path(args.out)
-    manifest = read_manifest(out)
-    if manifest is None:
+    manifest = read_manifest(out, None)
+    if not manifest:
         raise SystemExit(f"error: {out} has no manifest.json to check shards against; see --out")
     shards = manifest["shards"]
-    check_sizes(out, shards)
     for shard in shards:
         path = out / shard["name"]
-        if hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest() != shard["sha256"]:
-            raise SystemExit(
-                f"error: {path} is not what manifest.json says; remove {out} and make it again"
-            )
+        if describe_shard(path)["sha256"] != shard["sha256"]:
+            raise SystemExit(f"error: {path} is not what manifest.json says; remove {out}")
     say(f"{out}: {len(shards)} shards, {count_tokens(shards):,} tokens, as manifest.json says")
 
 
-def fetch_published(args):
-    """Download shards that someone else has tokenised, as far as they are missing here."""
-    from huggingface_hub import HfApi, hf_hub_download
+def fetch_published(repository, out, limit):
+    """Download shards that someone else has tokenised, until there are `limit` tokens."""
+    from huggingface_hub import HfApi
 
-    out = Path(args.out)
-    repository = args.pretokenized
     new = dict(encoding="gpt2", vocab_size=50257, source=repository, finished=False, shards=[])
     manifest = read_manifest(out, new)
-    if "published" not in manifest:
-        options = dict(files_metadata=True, timeout=10)
-        info = download(repository, partial(HfApi().dataset_info, repository, **options))
-        manifest.update(commit=info.sha, published=choose_shards(info.siblings))
-    # As many as make up --max_tokens are taken, a val shard and a train shard at least.
-    wanted = []
-    for shard in manifest["published"]:
-        if len(wanted) < 2 or count_tokens(wanted) < (args.max_tokens or 2**63):
-            wanted.append(shard)
-    if len(wanted) > len(manifest["shards"]):
-        manifest.update(shards=wanted, finished=False)
-        write_manifest(out, manifest)
     shards = manifest["shards"]
-    for shard in shards:
-        if not (out / shard["name"]).exists():
-            options = dict(repo_type="dataset", revision=manifest["commit"], local_dir=out)
-            fetch = partial(hf_hub_download, repository, shard["name"], **options)
-            download(shard["name"], fetch)
-    check_sizes(out, shards)
-    if not manifest["finished"]:
-        write_manifest(out, {**manifest, "finished": True})
-    shutil.rmtree(out / ".cache", ignore_errors=True)  # what huggingface_hub notes of its own
+    if not shards:
+        info = download(repository, partial(HfApi().dataset_info, repository, timeout=10))
+        names = sorted(file.rfilename for file in info.siblings)
+        pattern = r"(.*_)?{}(_\d+)?\.(npy|bin)"
+        val = [name for name in names if re.fullmatch(pattern.format("val"), name)]
+        train = [name for name in names if re.fullmatch(pattern.format("train"), name)]
+        if not val or not train:
+            raise SystemExit(
+                f"error: {repository} holds no val and train shards; name a repository with files "
+                "like NAME_train_000001.bin"
+            )
+        manifest.update(commit=info.sha, published=val + train)
+        write_manifest(out, manifest)
+    for name in manifest["published"][len(shards) :]:
+        # There is always a shard to train on.
+        if len(shards) > 1 and count_tokens(shards) >= limit:
+            break
+        download_file(repository, manifest["commit"], name, out)
+        shards.append(describe_shard(out / name))
+        write_manifest(out, manifest)
+    write_manifest(out, {**manifest, "finished": True})
+    shutil.rmtree(out / ".cache", ignore_errors=True)  # what huggingface_hub notes for itself
     say(f"{out}: {len(shards)} shards, {count_tokens(shards):,} tokens")
-
-
-def choose_shards(files):
-    """Return the entries in the manifest of the shards among a repository's files, val first."""
-    found = {"val": [], "train": []}
-    for file in sorted(files, key=lambda file: file.rfilename):
-        name = file.rfilename
-        match = re.fullmatch(r"(.*_)?(train|val)(_\d+)?\.(npy|bin)", name)
-        if match:
-            tokens = (file.size - header_size(name)) // 2
-            found[match[2]].append(dict(name=name, tokens=tokens, sha256=file.lfs.sha256))
-    if not found["val"] or not found["train"]:
-        raise SystemExit(
-            "error: --pretokenized: the repository holds no val and train shards; name one with "
-            "files like NAME_train_000001.bin"
-        )
-    return found["val"] + found["train"]
 
 
 def write_demo_data(folder):
@@ -898,26 +823,29 @@ def write_demo_data(folder):
     appears when it is whole. Raises SystemExit where that fails.
     """
     stdlib = Path(sysconfig.get_path("stdlib"))
-    left_out = "site-packages dist-packages test tests idle_test encodings pydoc_data"
-    files = []
-    for path in stdlib.rglob("*.py"):
-        if not set(left_out.split()) & set(path.relative_to(stdlib).parts):
-            files.append(path)
-    if len(files) < 100:
+    left_out = r"\b(site-packages|dist-packages|test|tests|idle_test|encodings|pydoc_data)/"
+    files = [
+        path
+        for path in stdlib.rglob("*.py")
+        if not re.search(left_out, path.relative_to(stdlib).as_posix())
+    ]
+    held_out = len(files) // 40
+    if held_out == 0:
         raise SystemExit(f"error: {stdlib} has no source of Python's library; use --data")
     # The split depends on the order of the files, and each file system has another one.
     files.sort(key=lambda path: (path.parent.parts, path.name))
     np.random.RandomState(0).shuffle(files)
-    held_out = len(files) // 40
     shards = []
     # Each rank may write the data, and the first one that is ready gives its folder the name.
     unfinished = folder.with_suffix(f".{os.environ.get('RANK', os.getpid())}.tmp")
     try:
         for number, part in enumerate([files[:held_out], files[held_out:]]):
-            texts = [np.frombuffer(path.read_bytes(), np.uint8) for path in part]
-            tokens = [np.insert(text.astype(np.uint16), 0, 256) for text in texts]
+            documents = []
+            for path in part:
+                text = np.frombuffer(path.read_bytes(), np.uint8)
+                documents.append(np.append(np.uint16(256), text))
             path = unfinished / shard_name("python", number)
-            shards.append(write_shard(path, np.concatenate(tokens)))
+            shards.append(write_shard(path, np.concatenate(documents)))
         source = f"standard library of Python {sys.version.split()[0]}"
         manifest = dict(encoding="bytes", vocab_size=257, source=source, finished=True)
         write_manifest(unfinished, {**manifest, "shards": shards})
@@ -939,57 +867,39 @@ def parse_args(argv):
     cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--dataset", help=f"text data set on the Hugging Face hub ({DATASET})")
-    source.add_argument(
-        "--files", nargs="+", help=f"local text instead: files, folders and globs of {KINDS}"
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--dataset", help=f"text data set on the Hugging Face hub ({DATASET})")
+    add(
+        "--files",
+        nargs="+",
+        default=[],
+        help=f"local text instead: files, folders and globs of {KINDS}",
     )
-    source.add_argument(
-        "--pretokenized",
-        nargs="?",
-        const=PRETOKENIZED,
-        metavar="REPOSITORY",
-        help=f"download ready GPT-2 shards from the hub instead ({PRETOKENIZED})",
-    )
+    help = f"repository with ready GPT-2 shards to download instead ({PRETOKENIZED})"
+    add("--pretokenized", nargs="?", const=PRETOKENIZED, help=help)
     add = parser.add_argument
     add("--name", help=f"configuration of --dataset ({CONFIG} with the default one)")
     add("--text_column", default="text", help="column that holds the text of a row (%(default)s)")
     add("--encoding", default="gpt2", choices=["gpt2", "bytes"], help="of text (%(default)s)")
-    add("--out", default="edu_fineweb10B", metavar="DIR", help="folder of shards (%(default)s)")
+    add("--out", type=Path, default="edu_fineweb10B", help="folder of shards (%(default)s)")
     add("--shard_size", type=int, default=100_000_000, help="tokens a shard (%(default)s)")
-    add("--max_tokens", type=int, help="stop after so many; a later run with more goes on (all)")
+    add(
+        "--max_tokens",
+        type=int,
+        default=2**63,
+        help="stop after so many, and go on with more (all)",
+    )
     add("--num_workers", type=int, default=cores, help="threads that tokenise (one a core)")
     add("--verify", action="store_true", help="compare the shards in --out with their manifest")
     args = parser.parse_args(argv)
-    for name, lowest in ("shard_size", 2), ("max_tokens", 1), ("num_workers", 1):
-        value = getattr(args, name)
-        if value is not None and value < lowest:
-            parser.error(f"--{name} {value} is less than {lowest}")
+    if min(args.shard_size - 1, args.max_tokens, args.num_workers) < 1:
+        parser.error("--shard_size is at least 2, --max_tokens and --num_workers at least 1")
     if args.pretokenized and args.encoding != "gpt2":
         parser.error("--pretokenized shards are GPT-2 tokens; leave out --encoding")
-    if args.dataset is None:
+    if not args.dataset and not args.files:
         args.dataset = DATASET
         args.name = args.name or CONFIG
     return args
-
-
-@contextlib.contextmanager
-def stopped_by_signals():
-    """Have SIGTERM and SIGHUP raise SystemExit, so that what is under way is cleaned up."""
-
-    def stop(signum, frame):
-        sys.exit(128 + signum)
-
-    before = {}
-    for name in "SIGTERM", "SIGHUP":
-        signum = getattr(signal, name, None)  # Windows has no SIGHUP.
-        if signum and signal.getsignal(signum) != signal.SIG_IGN:  # as nohup wants it
-            before[signum] = signal.signal(signum, stop)
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def main(argv=None):
@@ -997,13 +907,13 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         if args.verify:
-            verify(args)
-            return 0
-        with stopped_by_signals(), locked(Path(args.out)):
-            if args.pretokenized:
-                fetch_published(args)
-            else:
-                prepare(args)
+            verify(args.out)
+        else:
+            with locked(args.out):
+                if args.pretokenized:
+                    fetch_published(args.pretokenized, args.out, args.max_tokens)
+                else:
+                    prepare(args)
         return 0
     except SystemExit as stop:
         if not isinstance(stop.code, str):
@@ -1019,4 +929,8 @@ if __name__ == "__main__":
     if sys.stdout:
         # A file's name may hold characters that the terminal does not know.
         sys.stdout.reconfigure(errors="backslashreplace")
+    for signum in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # not on Windows
+        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup has it ignored.
+            # An exception, unlike the default, has the program clean up before it ends.
+            signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
     sys.exit(main())

@@ -891,13 +891,18 @@ def print_samples(model, encoding, cfg, prompt, seed):
         say(f"--- sample {i}\n{text}")
 
 
-def get_encoding(name):
-    """The tiktoken.Encoding "gpt2" or "bytes". Raises SystemExit for another name, and where the
-    files of the tokenizer can't be had."""
+def open_encoding(cfg):
+    """The tiktoken.Encoding of the tokens. Raises SystemExit where it is not known, has more tokens
+    than the model, or needs files that can't be had."""
     require_sibling("fineweb.py")
     from fineweb import get_encoding
 
-    return get_encoding(name)
+    encoding = get_encoding(cfg.encoding)
+    if encoding.n_vocab > cfg.vocab_size:
+        raise SystemExit(
+            f"error: {cfg.encoding} has more than the {cfg.vocab_size} tokens there are"
+        )
+    return encoding
 
 
 def require_sibling(name):
@@ -1133,7 +1138,7 @@ class Logger:
         speed = f"{seconds * 1e3:.0f} ms | {tps:,.0f} tok/s"
         if self.peak_flops:
             speed += f" | mfu {self.flops_per_token * tps / self.peak_flops:.1%}"
-        eta = duration(steps_left * np.mean(self.recent_seconds))
+        eta = duration(steps_left * np.median(self.recent_seconds))
         self.say(step, f"loss {loss:.4f} | lr {lr:.4e} | norm {norm:.2f} | {speed} | eta {eta}")
 
     def draw_curves(self):
@@ -1470,7 +1475,7 @@ def train(cfg, checkpoint=None, pretrained=None):
     questions = []
     try:
         if cfg.sample_every or cfg.hellaswag_every:
-            encoding = get_encoding(cfg.encoding)
+            encoding = open_encoding(cfg)
         if cfg.hellaswag_every and cfg.encoding == "gpt2":
             questions = get_questions(encoding)
     except SystemExit as error:
@@ -1691,7 +1696,7 @@ def use_model(cfg, checkpoint, pretrained):
         model.export_pretrained(Path(cfg.export))
         say(f"{cfg.export}: {model.num_params():,} parameters, for transformers")
     if cfg.generate is not None:
-        encoding = get_encoding(cfg.encoding)
+        encoding = open_encoding(cfg)
         device = torch.device(cfg.device)
         model.to(device).eval()
         with set_precision(device, cfg.dtype):
