@@ -1389,6 +1389,7 @@ PEAK_TERAFLOPS = {
     "B200": 2250,
     "H200": 989,
     "H100 PCIe": 756,
+    "H100 NVL": 835,
     "H100": 989,
     "A100": 312,
     "L40S": 362,
@@ -1401,7 +1402,7 @@ def peak_flops(cfg):
     """FLOP/s of all devices at best, the 100% of MFU. 0 where they are not known."""
     if cfg.device.startswith("cuda") and cfg.dtype in ("bf16", "fp16"):
         for name, teraflops in PEAK_TERAFLOPS.items():
-            if name in torch.cuda.get_device_name():
+            if re.search(rf"\b{name}\b", torch.cuda.get_device_name()):
                 return teraflops * 1e12 * WORLD_SIZE
     return 0
 
