@@ -1,16 +1,16 @@
-"""Train GPT-2 from scratch, and use what comes of it.
+"""Train GPT-2 from scratch, and use the result.
 
     python train_gpt2.py                         # one GPU, a Mac, or just a CPU
-    torchrun --nproc_per_node=8 train_gpt2.py    # eight GPUs of one machine
-    python train_gpt2.py --generate "def "       # let the newest checkpoint write
+    torchrun --nproc_per_node=8 train_gpt2.py    # eight GPUs on one machine
+    python train_gpt2.py --generate "def "       # continue a prompt with the newest checkpoint
 
 The model is GPT-2 as OpenAI published it (Radford et al., 2019), and the training recipe is that of
 GPT-3 (Brown et al., 2020, arXiv:2005.14165). The file is meant to be read from top to bottom:
 
     configuration, model, data, evaluation, checkpoints, log, set-up, training, command line
 
-In the shapes below, B is the number of sequences, T of tokens in each, C of channels, and V is the
-size of the vocabulary.
+In the shapes below, B is the number of sequences in a batch, T the number of tokens in each, C the
+number of channels, and V the size of the vocabulary.
 """
 
 import argparse
@@ -42,9 +42,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
 
-# torchrun starts one process per GPU and tells each who it is. Without torchrun there is one.
-RANK = int(os.environ.get("RANK") or 0)  # of all processes on all machines
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)  # of the processes on this machine
+# torchrun starts one process per GPU and numbers them. Without torchrun there is only rank 0.
+RANK = int(os.environ.get("RANK") or 0)  # among the processes on all machines
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)  # among the processes on this machine
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
 
 FINEWEB_DATA = Path("edu_fineweb10B")
@@ -60,22 +60,35 @@ def say(message: str):
             print(message, flush=True)
 
 
+def reason(error):
+    """The text of one of our own errors, for a message that is not an error."""
+    return str(error).removeprefix("error: ")
+
+
+def first_line(error):
+    """The first line of an exception's text, cut to a readable length."""
+    # Before this, torch advises to switch off what protects from code in a file.
+    text = str(error).split("WeightsUnpickler error:")[-1]
+    lines = text.strip().splitlines() or [type(error).__name__]
+    return lines[0][:250]
+
+
 # -----------------------------------------------------------------------------
-# Configuration. Every field that is made by flag() is a flag of the command line.
+# Configuration. Every field made with flag() is also a command-line flag.
 
 
 def flag(default, help: str, low=0, choices=None, group=None):
-    """A field of a configuration that is also a flag of the command line.
+    """A configuration field that is also a command-line flag.
 
-    Where the default is None, resolve_config() finds a value. `low` is the smallest number allowed.
-    The first field of a group in --help names the group.
+    Where the default is None, resolve_config() chooses a value. `low` is the smallest number
+    allowed. `group` begins a new group of flags in --help.
     """
     return field(default=default, metadata=dict(help=help, low=low, choices=choices, group=group))
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPT2Config:
-    """What the model needs to know. The defaults are GPT-2 124M."""
+    """The settings of the model. The defaults are those of GPT-2 124M."""
 
     vocab_size: int = 50257  # 50,000 merges, 256 bytes, <|endoftext|>
     encoding: str | None = None  # what the tokens mean: "gpt2", "bytes", or a name of your own
@@ -86,11 +99,11 @@ class GPT2Config:
     pad_vocab: bool = flag(True, "round the vocabulary up to a multiple of 128, which is faster")
     attention: str = flag(
         "flash",
-        "manual is the textbook's way, and faster on a CPU in bf16",
+        "one fused kernel, or the textbook's formula, which is faster on a CPU in bf16",
         choices=("flash", "manual"),
     )
     activation_checkpointing: bool = flag(
-        False, "save memory by computing activations again in the backward pass"
+        False, "save memory by recomputing activations in the backward pass"
     )
 
     @property
@@ -100,14 +113,14 @@ class GPT2Config:
         return math.ceil(self.vocab_size / 128) * 128
 
 
-# Fields that are about how to compute. All others, but the encoding, are dictated by weights.
-HOW_TO_COMPUTE = ["pad_vocab", "attention", "activation_checkpointing"]
-MODEL_SIZES = [
-    f.name for f in fields(GPT2Config) if f.name not in HOW_TO_COMPUTE and f.name != "encoding"
+# These fields only say how to compute. Weights dictate all the others, except the encoding.
+COMPUTE_FIELDS = ["pad_vocab", "attention", "activation_checkpointing"]
+SIZE_FIELDS = [
+    f.name for f in fields(GPT2Config) if f.name not in COMPUTE_FIELDS and f.name != "encoding"
 ]
 
-# GPT-2's sizes, with the peak learning rates of the GPT-3 models next to them in size (its table
-# 2.1). "demo" is small enough for two CPU cores and brings a schedule of its own.
+# GPT-2's four sizes, each with the peak learning rate of the GPT-3 model closest in size (table 2.1
+# of its paper). "demo" is small enough for two CPU cores and has a schedule of its own.
 MODELS = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, max_lr=6e-4),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, max_lr=3e-4),
@@ -143,15 +156,15 @@ class TrainConfig(GPT2Config):
 
     model: str = flag(
         None,
-        "a model size by its name (auto: gpt2, or demo)",
+        "name of a model size (auto: gpt2, or demo without shards)",
         choices=MODELS,
         group="what to train",
     )
     init_from: str = flag(
-        "scratch", "weights to start from: gpt2 to gpt2-xl, a name on the hub, a folder or a file"
+        "scratch", "weights to start from: scratch, gpt2 to gpt2-xl, user/model, a folder or a file"
     )
     data: str = flag(None, "folder of token shards (auto: edu_fineweb10B, or the demo's)")
-    shuffle: bool = flag(True, "draw a new order of the data for each epoch")
+    shuffle: bool = flag(True, "shuffle the data anew for each epoch")
     seed: int = flag(1337, "seed of the initial weights, the data order and the samples")
 
     total_batch_size: int = flag(2**19, "tokens per optimiser step", low=1, group="batch")
@@ -161,9 +174,9 @@ class TrainConfig(GPT2Config):
     max_lr: float = flag(6e-4, "peak learning rate", group="optimiser and schedule")
     min_lr: float = flag(None, "final learning rate (auto: a tenth of the peak)")
     warmup_steps: int = flag(715, "steps of linear warm-up")
-    max_steps: int = flag(19073, "number of steps; 19,073 steps see ten billion tokens", low=1)
+    max_steps: int = flag(19073, "training steps; 19,073 steps see ten billion tokens", low=1)
     weight_decay: float = flag(0.1, "weight decay of matrices and embeddings")
-    grad_clip: float = flag(1.0, "limit of the gradient's norm; 0 for none")
+    grad_clip: float = flag(1.0, "clip the gradient norm to this; 0 for no clipping")
 
     device: str = flag(
         None, "compute on cpu, cuda, cuda:1 or mps (auto: the fastest)", group="hardware"
@@ -174,7 +187,7 @@ class TrainConfig(GPT2Config):
         choices=("fp32", "tf32", "bf16", "fp16"),
     )
     compile: bool = flag(None, "use torch.compile (auto: on CUDA, except for the demo)")
-    deterministic: bool = flag(False, "make runs on CUDA repeatable to the bit, which is slower")
+    deterministic: bool = flag(False, "make CUDA runs repeatable bit for bit, which is slower")
 
     val_every: int = flag(
         250, "steps between validations; 0 for never", group="evaluation and samples"
@@ -182,11 +195,11 @@ class TrainConfig(GPT2Config):
     val_tokens: int = flag(10485760, "tokens per validation", low=1)
     hellaswag_every: int = flag(250, "steps between HellaSwag evaluations; 0 for never")
     sample_every: int = flag(250, "steps between samples; 0 for never")
-    prompt: str = flag("Hello, I'm a language model,", "what samples begin with")
+    prompt: str = flag("Hello, I'm a language model,", "the text that samples continue")
     num_samples: int = flag(4, "number of samples", low=1)
     max_new_tokens: int = flag(64, "tokens per sample", low=1)
-    temperature: float = flag(1.0, "temperature of samples; 0 for always the likeliest token")
-    top_k: int = flag(50, "draw from the k likeliest tokens; 0 for all tokens")
+    temperature: float = flag(1.0, "sampling temperature; 0 always takes the likeliest token")
+    top_k: int = flag(50, "sample only from the k likeliest tokens; 0 for all")
 
     log_dir: str = flag(
         None, "folder for log and checkpoints (auto: log, or log_demo)", group="log"
@@ -198,15 +211,15 @@ class TrainConfig(GPT2Config):
     generate: str = flag(
         None, "continue this prompt with the newest checkpoint", group="instead of training"
     )
-    export: str = flag(None, "write the model to this folder, for transformers")
+    export: str = flag(None, "write the model to this new folder, for transformers")
 
 
 def resolve_config(given):
-    """Make the configuration of a run from the flags in `given`, deciding all that they leave open.
+    """Make the configuration of a run from the flags in `given`, and choose what they leave open.
 
-    Returns the configuration, the checkpoint to go on from and the model of --init_from. These two
-    decide the sizes, are too large to read twice, and are None where there is none. Raises
-    SystemExit for what a user can put right.
+    Returns the configuration, the checkpoint to resume from, and the model that --init_from names.
+    The last two decide the sizes, so they are loaded here, and returned because they are too large
+    to load twice. Each is None where there is none. Raises SystemExit for a user's mistakes.
     """
     check_ranges(given)
     training = given.get("generate") is None and given.get("export") is None
@@ -214,7 +227,7 @@ def resolve_config(given):
     device = choose_device(given.get("device"))
     join_processes(device)
 
-    # Where there are no shards, the demo is trained. Its data are part of Python.
+    # Without shards the demo is trained, on data that come with Python.
     demo = training and "data" not in given and not find_shards(FINEWEB_DATA, "train")
     if demo:
         say(
@@ -222,7 +235,7 @@ def resolve_config(given):
             "training on the source of Python's standard library"
         )
 
-    # The checkpoint to go on from, or to use
+    # The checkpoint to resume from, to generate with or to export
     if "log_dir" in given:
         log_dir = given["log_dir"]
     elif training:
@@ -238,9 +251,9 @@ def resolve_config(given):
                 f"error: there is no checkpoint in {log_dir}; "
                 "train first, or choose another --log_dir, or name weights with --init_from"
             )
-        say(f"using the checkpoint of {log_dir} after {checkpoint['step']:,} steps")
+        say(f"using the checkpoint in {log_dir} after {checkpoint['step']:,} steps")
 
-    # Defaults, replaced by what the named model brings, replaced by what was given
+    # The defaults, overridden by those of the named model, overridden by the flags given
     model_name = "demo" if demo else "gpt2"
     if checkpoint and not training:
         model_name = checkpoint["train_config"]["model"]
@@ -253,73 +266,77 @@ def resolve_config(given):
     values |= MODELS[model_name] | given
     values |= dict(model=model_name, device=str(device), log_dir=log_dir)
     if "attention" not in given and device.type == "cpu" and values["dtype"] == "bf16":
-        values["attention"] = "manual"  # PyTorch's flash attention is slow at that
+        values["attention"] = "manual"  # PyTorch's flash attention is slow there
     values["compile"] = training and choose_compile(given.get("compile"), device, model_name)
 
-    # The vocabulary is that of the data. But where there are weights, they decide all sizes.
+    # The data decide the vocabulary, unless there are weights, which decide all sizes.
     if training:
         manifest = read_manifest(Path(values["data"]))
         values |= dict(encoding=manifest["encoding"], vocab_size=manifest["vocab_size"])
     pretrained = None
     if not from_scratch and checkpoint is None:
-        how = {name: values[name] for name in HOW_TO_COMPUTE}
+        how = {name: values[name] for name in COMPUTE_FIELDS}
         pretrained = GPT2.from_pretrained(values["init_from"], **how)
         values |= sizes_of_weights(asdict(pretrained.config), given, values, training)
     elif not from_scratch or not training:
         values |= sizes_of_weights(checkpoint["config"], given, values, training)
 
-    # What follows from the rest
+    # Defaults that depend on other settings
     if values["min_lr"] is None:
         values["min_lr"] = 0.1 * values["max_lr"]
     if values["sequence_length"] is None:
         values["sequence_length"] = values["block_size"]
     cfg = TrainConfig(**values)
-    check_config(cfg)
-    if cfg.micro_batch_size is None:
+    if training:
+        check_config(cfg)
+    if training and cfg.micro_batch_size is None:
         cfg = replace(cfg, micro_batch_size=choose_micro_batch_size(cfg, device))
     return cfg, checkpoint, pretrained
 
 
-def sizes_of_weights(weights, given, values, training):
-    """The settings that the configuration of weights dictates. Raises SystemExit where others were
-    asked for, or where the data have tokens that the weights don't know."""
-    sizes = {name: weights[name] for name in MODEL_SIZES}
+def sizes_of_weights(their_config, given, values, training):
+    """The settings that existing weights dictate. Raises SystemExit if the flags contradict them,
+    or if the data have tokens that the weights don't know."""
+    sizes = {name: their_config[name] for name in SIZE_FIELDS}
     for name, size in sizes.items():
         if given.get(name, size) != size:
             raise SystemExit(f"error: --{name} is {given[name]}, but the weights have {size}")
-    encoding = weights["encoding"]
+    encoding = their_config["encoding"]
     if not training:
         return sizes | dict(encoding=encoding)
     if values["vocab_size"] > sizes["vocab_size"] or encoding not in (None, values["encoding"]):
         raise SystemExit(
-            f"error: {values['data']} has {values['vocab_size']} tokens ({values['encoding']}), "
-            f"the weights know {sizes['vocab_size']} ({encoding}); choose other data, or weights"
+            f"error: {values['data']} has a vocabulary of {values['vocab_size']} "
+            f"({values['encoding']}), but the weights have {sizes['vocab_size']} ({encoding}); "
+            "choose other data or other weights"
         )
     return sizes
 
 
 def check_ranges(given):
-    """Raises SystemExit for a number that no run can use."""
+    """Raise SystemExit for a number that no run can use."""
     for f in fields(TrainConfig):
         value = given.get(f.name)
         if isinstance(value, int | float):
             low = f.metadata["low"]
-            # Said like this it is true of nan, too, which compares with nothing.
+            # Written this way it refuses nan, too, with which every comparison is false.
             if not (low <= value < 2**63):
-                raise SystemExit(f"error: --{f.name} {value} is out of range; it begins at {low}")
+                raise SystemExit(f"error: --{f.name} {value} must be from {low} to 2^63")
+        elif value == "" and f.name not in ("prompt", "generate"):
+            raise SystemExit(f"error: --{f.name} is empty; give it a value, or leave it out")
 
 
 def check_config(cfg):
-    """Raises SystemExit for settings that don't go together."""
+    """Raise SystemExit for settings that don't go together."""
     B = cfg.micro_batch_size or 1
     T = cfg.sequence_length
     if cfg.n_embd % cfg.n_head != 0:
-        raise SystemExit(f"error: --n_embd {cfg.n_embd} is no multiple of --n_head {cfg.n_head}")
+        raise SystemExit(f"error: --n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}")
     if cfg.block_size < T:
         raise SystemExit(f"error: --sequence_length {T} exceeds --block_size {cfg.block_size}")
     if cfg.total_batch_size % (B * T * WORLD_SIZE) != 0:
         raise SystemExit(
-            f"error: --total_batch_size {cfg.total_batch_size} is no multiple of "
+            f"error: --total_batch_size {cfg.total_batch_size} is not a multiple of "
             f"{B} sequences × {T} tokens × {WORLD_SIZE} processes"
         )
     if cfg.warmup_steps > cfg.max_steps:
@@ -331,7 +348,7 @@ def check_config(cfg):
 
 
 def describe_settings(cfg):
-    """What differs from the defaults, a setting a line."""
+    """The settings that differ from the defaults, one a line."""
     lines = ["settings, where they differ from the defaults:"]
     for f in fields(cfg):
         value = getattr(cfg, f.name)
@@ -367,9 +384,9 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, self.n_head, -1).transpose(1, 2)
         v = v.view(B, T, self.n_head, -1).transpose(1, 2)
         if self.attention == "manual":
-            # The formula of the paper: softmax(q kᵀ / √d) v. What lies in the future of a token
-            # gets a score of -inf, so its weight is e^-inf = 0.
-            scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, n_head, T, T)
+            # The formula of the paper: softmax(q kᵀ / √d) v. Whatever lies in a token's
+            # future gets a score of -inf, and so a weight of e^-inf = 0.
+            scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, n_head, T, T)
             future = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
             y = F.softmax(scores + future, dim=-1) @ v
         else:
@@ -386,8 +403,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        # GELU was slow to compute exactly in 2019. OpenAI's weights were trained with this
-        # approximation, so they expect it.
+        # The exact GELU was slow in 2019, so OpenAI trained with this approximation, and its
+        # weights expect it.
         self.gelu = nn.GELU(approximate="tanh")
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
@@ -398,8 +415,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then MLP, each added to the residual stream x.
 
-    LayerNorm is applied to the input of each branch, not to the sum as in the first Transformer. So
-    the stream is a plain sum from the embedding to the output head, and gradients flow down it
+    LayerNorm is applied to the input of each branch, not to the sum as in the original Transformer.
+    So the stream is a plain sum from the embedding to the output head, and gradients flow down it
     unhindered.
     """
 
@@ -416,12 +433,12 @@ class Block(nn.Module):
         return x
 
 
-# OpenAI's "Conv1D" layers compute x @ w where nn.Linear computes x @ w.T. So their checkpoint, and
-# transformers with it, stores the transpose of these weights.
+# OpenAI's "Conv1D" layers compute x @ w where nn.Linear computes x @ w.T. So their
+# checkpoints, and those of transformers, store the transposes of these weights.
 TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
 
-# Settings of transformers that make a variant of GPT-2, which would be computed wrongly here. What
-# was published is the default of each.
+# Settings in transformers that turn GPT-2 into a variant, which would be computed wrongly here. The
+# published model has the default of each.
 VARIANTS = [
     "activation_function",
     "layer_norm_epsilon",
@@ -431,7 +448,7 @@ VARIANTS = [
     "tie_word_embeddings",
 ]
 
-# OpenAI's tokenizer files, where tiktoken finds them, with their SHA-256
+# Where tiktoken finds OpenAI's tokenizer files, and the SHA-256 of each
 TOKENIZER_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 VOCAB_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
@@ -465,38 +482,40 @@ class GPT2(nn.Module):
             elif p.dim() == 1:  # the gain of a LayerNorm
                 p.fill_(1.0)
             elif name.endswith("c_proj.weight"):
-                # 2 n_layer branches are added to the residual stream. Scaled down like this, their
-                # sum has the same variance whatever the depth.
+                # 2 · n_layer branches are added to the residual stream. With this scale, the
+                # variance of their sum does not depend on the depth.
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
             else:
                 p.normal_(std=0.02)
         self.transformer.wte.weight[self.config.vocab_size :] = 0.0  # padding
 
     def num_params(self):
-        """Parameters of the published model: tied weights count once, padding does not count."""
+        """The number of parameters as published: tied weights count once, padding doesn't count."""
         padding = self.config.padded_vocab_size - self.config.vocab_size
         return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
 
     def flops_per_token(self, T):
-        """FLOPs of the forward and backward pass for one of T tokens (PaLM: Chowdhery et al., 2022,
-        arXiv:2204.02311, appendix B)."""
+        """FLOPs per token of a forward and backward pass over T tokens (PaLM: Chowdhery et al.,
+        2022, arXiv:2204.02311, appendix B)."""
         positions = sum(p.numel() for name, p in self.named_parameters() if "wpe" in name)
-        # Each weight is multiplied and added once forward and twice backward. Positions are only
-        # looked up. Attention scores and their use cost another 12 C T a layer.
+        # Each weight takes one multiplication and one addition in the forward pass, and twice that
+        # in the backward pass, 6 in all. Position embeddings are only looked up. Attention
+        # scores and the means weighted by them take another 12 · C · T a layer.
         attention = 12 * self.config.n_layer * self.config.n_embd * T
         return 6 * (self.num_params() - positions) + attention
 
     def forward(self, idx, targets=None):
-        """Token ids (B, T), T at most block_size, to logits (B, T, V). With targets (B, T) the
-        result is the mean cross-entropy in nats per token; targets of -100 don't count."""
+        """Logits (B, T, V) for token ids (B, T), where T is at most block_size. With targets (B,
+        T), the mean cross-entropy instead, in nats per token; targets of -100 are ignored."""
         T = idx.size(1)
         positions = torch.arange(T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
 
-        # Autocast leaves the sum in float32. In bf16 the residual stream takes half the memory
-        # traffic, and the loss is the same (llm.c does this, too). fp16 hasn't the range for it.
-        kind = idx.device.type
-        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
+        # Autocast would leave this sum, the residual stream, in float32. bf16 halves its memory
+        # traffic and gives the same loss (llm.c does this, too). fp16 lacks the range for it.
+        device_type = idx.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        if autocast and torch.get_autocast_dtype(device_type) == torch.bfloat16:
             x = x.bfloat16()
 
         recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
@@ -507,8 +526,8 @@ class GPT2(nn.Module):
                 x = block(x)
         x = self.transformer.ln_f(x)
 
-        # A token of the padding gets a logit of -inf, and so never a probability. Cutting the
-        # padding off instead would leave rows of odd length, which are slow.
+        # The padding's tokens get logits of -inf, and so a probability of 0. Cutting the padding
+        # off instead would leave rows of an awkward length, which are slow.
         V = self.config.vocab_size
         token = torch.arange(self.config.padded_vocab_size, device=x.device)
         bias = torch.where(token < V, 0.0, -torch.inf).to(x.dtype)
@@ -519,9 +538,9 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
-        """Continue the token ids idx (B, T), to (B, T + max_new_tokens). A temperature of 0 takes
-        the likeliest token. With top_k, only the k likeliest are drawn from (Fan et al., 2018,
-        arXiv:1805.04833, section 5)."""
+        """Extend the token ids idx from (B, T) to (B, T + max_new_tokens). A temperature of 0
+        always takes the likeliest token. With top_k, only the k likeliest can be drawn (Fan et al.,
+        2018, arXiv:1805.04833, section 5)."""
         if temperature < 1e-6:
             temperature = 1.0
             top_k = 1
@@ -537,8 +556,8 @@ class GPT2(nn.Module):
 
     def configure_optimizers(self, weight_decay, learning_rate):
         """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101) with the settings of GPT-3."""
-        # Decay pulls weights towards zero. That is good for matrices, and would distort biases and
-        # the gains of LayerNorms.
+        # Decay pulls weights towards zero. That helps matrices, but would distort biases and the
+        # gains of LayerNorms.
         matrices = [p for p in self.parameters() if p.dim() >= 2]
         vectors = [p for p in self.parameters() if p.dim() < 2]
         groups = [
@@ -551,17 +570,17 @@ class GPT2(nn.Module):
     def from_pretrained(cls, source, **changes):
         """A model with the weights of `source`, in float32 on the CPU.
 
-        `source` is what transformers loads as a GPT-2 (gpt2 to gpt2-xl, user/model of the hub, or a
-        folder), or a checkpoint file of this program, of nanoGPT or of build-nanogpt. `changes` are
-        fields of GPT2Config that weights don't decide, such as attention. No code in a file is
-        run. Raises SystemExit where this is not a GPT-2 as published.
+        `source` is anything that transformers loads as a GPT-2 (gpt2 to gpt2-xl, user/model on the
+        hub, or a folder), or a checkpoint file of this program, nanoGPT or build-nanogpt. `changes`
+        override fields of GPT2Config that weights don't dictate, such as attention. No code in a
+        file is run. Raises SystemExit if the model is not GPT-2 as published.
         """
         if Path(source).is_file():
             config, weights = weights_of_file(Path(source))
         else:
             import transformers
 
-            transformers.logging.set_verbosity_error()  # what is wrong is said below, in one line
+            transformers.logging.set_verbosity_error()  # problems are reported below, in one line
             try:
                 theirs, report = transformers.GPT2LMHeadModel.from_pretrained(
                     source,
@@ -569,17 +588,17 @@ class GPT2(nn.Module):
                     ignore_mismatched_sizes=True,
                     output_loading_info=True,
                 )
-            except Exception as error:  # what is missing or foreign fails anywhere in transformers
+            except Exception as error:  # a missing or foreign model can fail anywhere in it
                 raise SystemExit(
                     f"error: {source} can't be loaded as a GPT-2 ({first_line(error)}); name gpt2 "
-                    "to gpt2-xl, a model of the hub (`hf auth login` if it is private), or a folder"
+                    "to gpt2-xl, a model on the hub (`hf auth login` if it is private), or a folder"
                 ) from error
             sizes = theirs.config.to_dict()
             published = transformers.GPT2Config().to_dict()
             wrong = [name for name in VARIANTS if sizes[name] != published[name]]
             if sizes["n_inner"] not in (None, 4 * sizes["n_embd"]):
                 wrong.append("n_inner")
-            # transformers drops weights it does not know, and draws random ones for those missing.
+            # transformers ignores weights it does not know, and fills in missing ones at random.
             for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
                 for key in report[problem]:
                     if not str(key).endswith(".attn.masked_bias"):  # a constant in older files
@@ -606,13 +625,13 @@ class GPT2(nn.Module):
         self.load_state_dict(weights | tied)
 
     def export_pretrained(self, folder):
-        """Write a new folder that transformers loads with equal logits, with GPT-2's tokenizer if
-        these are GPT-2's tokens. Raises SystemExit where it can't be written."""
+        """Write a new folder from which transformers loads a model with equal logits. GPT-2's
+        tokenizer is included if the model uses it. Raises SystemExit if this fails."""
         import transformers
         from safetensors import SafetensorError
 
         if folder.exists():
-            raise SystemExit(f"error: --export {folder} is there already; choose another folder")
+            raise SystemExit(f"error: --export {folder} already exists; choose another folder")
         config = self.config
         end_of_text = {"gpt2": 50256, "bytes": 256}.get(config.encoding)
         their_config = transformers.GPT2Config(
@@ -632,7 +651,7 @@ class GPT2(nn.Module):
         theirs.load_state_dict(transposed(self.state_dict()))
         theirs.resize_token_embeddings(config.vocab_size)  # cuts the padding off
         if config.block_size < 512:
-            # A pipeline writes 256 new tokens, beyond a short context, unless it is told this.
+            # A pipeline would write 256 new tokens, which do not fit into a short context.
             theirs.generation_config.max_length = config.block_size
 
         try:
@@ -648,7 +667,7 @@ class GPT2(nn.Module):
 
 
 def transposed(weights):
-    """A state dict with the weights of OpenAI's "Conv1D" layers the other way round."""
+    """A state dict with the weights of OpenAI's "Conv1D" layers transposed."""
     result = {}
     for name, value in weights.items():
         result[name] = value.t() if name.endswith(TRANSPOSED) else value
@@ -657,21 +676,11 @@ def transposed(weights):
 
 def config_of_sizes(sizes):
     """The configuration of a model that others have trained."""
-    # Some add special tokens to GPT-2's 50,257. What other tokens mean, weights don't say.
+    # Some models add a few special tokens to GPT-2's 50,257. With a vocabulary of any other size,
+    # nothing says what the tokens mean.
     encoding = "gpt2" if 50257 <= sizes["vocab_size"] <= 51000 else None
-    known = {name: sizes[name] for name in MODEL_SIZES if name in sizes}
+    known = {name: sizes[name] for name in SIZE_FIELDS if name in sizes}
     return GPT2Config(encoding=encoding, **known)
-
-
-def reason(error):
-    """What an error of ours says, for a line that is not an error."""
-    return str(error).removeprefix("error: ")
-
-
-def first_line(error):
-    """What an exception says, short enough for one line of ours."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:250]
 
 
 def export_tokenizer(folder, block_size):
@@ -681,8 +690,8 @@ def export_tokenizer(folder, block_size):
     try:
         merges = read_file_cached(f"{TOKENIZER_URL}/vocab.bpe", MERGES_SHA256)
         vocab = read_file_cached(f"{TOKENIZER_URL}/encoder.json", VOCAB_SHA256)
-    except (OSError, ValueError) as error:  # no network, or not the file it should be
-        say(f"no tokenizer in the export: it can't be downloaded ({first_line(error)})")
+    except (OSError, ValueError) as error:  # no network, or not the expected file
+        say(f"the export has no tokenizer, since it can't be downloaded ({first_line(error)})")
         return
     (folder / "merges.txt").write_bytes(merges)
     (folder / "vocab.json").write_bytes(vocab)
@@ -701,17 +710,17 @@ def find_shards(folder, split):
 
 
 def read_manifest(folder):
-    """What manifest.json says of the shards beside it. Without one they are GPT-2's tokens.
-    Raises SystemExit where it does not say what the tokens mean."""
+    """What manifest.json says about the shards beside it. Without one they hold GPT-2's tokens.
+    Raises SystemExit if it does not say what the tokens mean."""
     path = folder / "manifest.json"
     if not path.exists():
-        if folder == DEMO_DATA:  # it will be made when the run starts
+        if folder == DEMO_DATA:  # written later, when the run starts
             return dict(encoding="bytes", vocab_size=257)
         return dict(encoding="gpt2", vocab_size=50257)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if not 0 < manifest["vocab_size"] <= 2**16 or not isinstance(manifest["encoding"], str):
-            raise ValueError("encoding has to be text, and vocab_size from 1 to 65536")
+            raise ValueError("encoding must be a string, and vocab_size a number from 1 to 65536")
         return manifest
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SystemExit(
@@ -720,11 +729,11 @@ def read_manifest(folder):
 
 
 def read_shard(path):
-    """Memory-map the tokens of a shard, a row of uint16.
+    """Memory-map the tokens of a shard, as a one-dimensional array of uint16.
 
-    There are three formats: .npy files; .bin files of llm.c and modded-nanogpt, which begin with
-    256 int32 (magic number, version, number of tokens); and train.bin and val.bin of nanoGPT,
-    which are nothing but tokens. Raises SystemExit for another file.
+    There are three formats: .npy files; .bin files of llm.c and modded-nanogpt, which begin with a
+    header of 256 int32 (magic number, version, number of tokens); and train.bin and val.bin of
+    nanoGPT, which hold nothing but tokens. Raises SystemExit for any other file.
     """
     try:
         if path.suffix == ".npy":
@@ -734,44 +743,43 @@ def read_shard(path):
             offset = 1024
             if magic == 20240520:
                 if version != 1 or path.stat().st_size != offset + 2 * count:
-                    raise ValueError("its header has another version, or another size")
+                    raise ValueError("its header has a wrong version or token count")
             elif path.name in ("train.bin", "val.bin"):
                 offset = 0
             else:
                 raise ValueError("it has no header")
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset)
         if tokens.dtype != np.uint16 or tokens.ndim != 1:
-            raise ValueError("it is not a row of uint16")
-    except Exception as error:  # a damaged header of .npy can fail anywhere in NumPy
+            raise ValueError("it is not a one-dimensional array of uint16")
+    except Exception as error:  # a damaged .npy header can fail anywhere in NumPy
         raise SystemExit(
             f"error: {path} is not a token shard ({first_line(error)}); make it again, or remove it"
         ) from error
     return np.asarray(tokens)  # a plain array that still maps the file
 
 
-@functools.lru_cache(
-    maxsize=2
-)  # a batch may contain the end of one epoch and the start of the next
+# Two are kept, since a batch may contain the end of one epoch and the start of the next.
+@functools.lru_cache(maxsize=2)
 def permutation(n, seed, epoch):
     """The numbers from 0 to n - 1 in the random order of an epoch."""
-    # RandomState is the old interface of NumPy. It is used because NumPy promises that it will
-    # always draw the same numbers, which it does not promise of the new one.
+    # RandomState is NumPy's old interface. NumPy promises that it will always draw the same
+    # numbers, and makes no such promise for the new one.
     generator = np.random.RandomState(np.random.MT19937([seed, epoch]))
     return generator.permutation(n).astype(np.uint32)
 
 
 class DataLoaderLite:
-    """Serves windows of T + 1 tokens, and keeps no state: the number of a step says what it sees.
+    """Serves windows of T + 1 tokens without keeping state: a step's number says what it sees.
 
     A shard of n tokens holds (n - 1) // T windows. The windows of all shards are numbered from 0 to
     W - 1, in file order. Sample s of the run is window π(s mod W), where π is a permutation drawn
     from the seed and the epoch s // W, or the identity without `shuffle`. In micro-batch i of the
-    run, a rank gets the B samples from (i · world_size + rank) · B on. So a step sees the same
-    tokens with any micro-batch, on any number of GPUs, and after any interruption.
+    run, a rank gets B samples, starting at (i · world_size + rank) · B. So a step sees the same
+    tokens with any micro-batch size, on any number of GPUs, and after any interruption.
     """
 
     def __init__(self, cfg, split, rank=0, world_size=1):
-        """Raises SystemExit where cfg.data holds no window of the split, "train" or "val"."""
+        """Raises SystemExit if cfg.data holds no window of the split, "train" or "val"."""
         self.cfg = cfg
         self.B = cfg.micro_batch_size
         self.T = cfg.sequence_length
@@ -786,7 +794,7 @@ class DataLoaderLite:
         # Windows share a border: the last target of one is the first input of the next.
         windows = [max(0, len(shard) - 1) // self.T for shard in self.shards]
         self.num_windows = sum(windows)
-        self.first_window = np.cumsum(windows) - windows  # the number of each shard's first one
+        self.first_window = np.cumsum(windows) - windows  # the number of each shard's first window
         if self.num_windows == 0:
             raise SystemExit(
                 f"error: --data {cfg.data} has no {split} shard (NAME_{split}_000000.npy or .bin) "
@@ -803,16 +811,16 @@ class DataLoaderLite:
         shard = np.searchsorted(self.first_window, k, side="right") - 1
         start = (k - self.first_window[shard]) * self.T
         tokens = self.shards[shard][start : start + self.T + 1]
-        # On a GPU, a token that the embedding does not have would be an error without any name.
+        # On a GPU, a token beyond the embedding is an obscure error that names no file.
         if tokens.max() >= self.cfg.vocab_size:
             raise SystemExit(
                 f"error: {self.paths[shard]} has token {tokens.max()}, beyond the vocabulary of "
-                f"{self.cfg.vocab_size}; choose other --data, or mend vocab_size in manifest.json"
+                f"{self.cfg.vocab_size}; choose other --data, or correct vocab_size in its manifest"
             )
         return tokens
 
     def batch(self, i):
-        """This rank's part of micro-batch i, int64 (2, B, T): inputs, and targets one token on."""
+        """This rank's part of micro-batch i: inputs and targets, int64 (2, B, T)."""
         first = (i * self.world_size + self.rank) * self.B
         rows = np.stack([self.window(first + b) for b in range(self.B)])
         tokens = torch.from_numpy(rows.astype(np.int64))  # (B, T + 1)
@@ -821,7 +829,7 @@ class DataLoaderLite:
 
 
 def to_device(batch, device):
-    """Move a batch. From pinned memory a GPU fetches it by itself, while the CPU goes on."""
+    """Copy a batch to the device. A GPU copies from pinned memory while the CPU goes on."""
     if device.type == "cuda":
         batch = batch.pin_memory()
     return batch.to(device, non_blocking=True)
@@ -832,8 +840,8 @@ def to_device(batch, device):
 
 
 def gather_from_ranks(value):
-    """The values that all ranks have, in the order of the ranks. All of them have to call this, or
-    those that do would wait for the others."""
+    """The values of all ranks, in the order of the ranks. Every rank has to call this, or those
+    that do will wait for the others."""
     if WORLD_SIZE == 1:
         return [value]
     values = [None] * WORLD_SIZE
@@ -843,9 +851,9 @@ def gather_from_ranks(value):
 
 @torch.no_grad()
 def validation_loss(model, loader, val_tokens, device, progress=iter):
-    """The mean loss over the first `val_tokens` tokens of the loader, in nats per token, shared by
-    all ranks. `progress` wraps the batches, and may end them early."""
-    # The number of windows is exact whatever the batch, so that all set-ups measure the same.
+    """The mean loss over the first `val_tokens` tokens of the loader, in nats per token. All ranks
+    share the work. `progress` wraps the loop over batches, and may end it early."""
+    # Windows are counted exactly, so that the result doesn't depend on the batch or the GPUs.
     num_windows = min(loader.num_windows, max(1, val_tokens // loader.T))
     num_batches = math.ceil(num_windows / (loader.B * loader.world_size))
     total = torch.zeros((), device=device)
@@ -863,11 +871,11 @@ def validation_loss(model, loader, val_tokens, device, progress=iter):
 
 
 def encode_prompt(encoding, prompt, block_size):
-    """The tokens of a prompt. An empty one becomes <|endoftext|>, with which documents begin."""
+    """The tokens of a prompt. An empty one becomes <|endoftext|>, which begins a document."""
     tokens = encoding.encode(prompt, allowed_special="all") or [encoding.eot_token]
     if len(tokens) > block_size:
         raise SystemExit(
-            f"error: the prompt has {len(tokens)} tokens, and the context {block_size}; shorten it"
+            f"error: the prompt has {len(tokens)} tokens, but the context {block_size}; shorten it"
         )
     return tokens
 
@@ -877,11 +885,11 @@ def print_samples(model, encoding, cfg, prompt, seed):
     device = model.lm_head.weight.device
     tokens = encode_prompt(encoding, prompt, model.config.block_size)
     idx = torch.tensor([tokens] * cfg.num_samples, device=device)  # (num_samples, T)
-    generator = torch.Generator(device).manual_seed(seed)  # leaves all other randomness alone
+    generator = torch.Generator(device).manual_seed(seed)  # other random numbers stay as they are
     rows = model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, generator)
     for i, row in enumerate(rows.tolist()):
-        # Behind <|endoftext|> begins another document. Fine-tuned models may have further special
-        # tokens after it, which the encoding can't decode.
+        # <|endoftext|> begins another document. Fine-tuned models may have special tokens with
+        # larger ids, which the encoding can't decode.
         end = len(tokens)
         while end < len(row) and row[end] < encoding.eot_token:
             end += 1
@@ -897,6 +905,8 @@ def open_encoding(cfg):
     require_sibling("fineweb.py")
     from fineweb import get_encoding
 
+    if cfg.encoding is None:
+        raise SystemExit(f"error: nothing says what the model's {cfg.vocab_size} tokens mean")
     encoding = get_encoding(cfg.encoding)
     if encoding.n_vocab > cfg.vocab_size:
         raise SystemExit(
@@ -906,29 +916,30 @@ def open_encoding(cfg):
 
 
 def require_sibling(name):
-    """This file trains alone in a folder. Raises SystemExit where it needs another one."""
+    """Raise SystemExit if a script beside this one is missing. Training itself needs none."""
     if not Path(__file__).with_name(name).exists():
         raise SystemExit(f"error: {name} is missing; put it beside train_gpt2.py")
 
 
 def get_questions(encoding):
-    """The questions of HellaSwag. Raises SystemExit where they can't be had."""
-    if not HELLASWAG_FILE.exists():
-        raise SystemExit(f"error: there is no {HELLASWAG_FILE}; python hellaswag.py makes it")
-    require_sibling("hellaswag.py")
+    """The questions of HellaSwag. If something is missing, none, and a line that says what."""
+    for path in (HELLASWAG_FILE, Path(__file__).with_name("hellaswag.py")):
+        if not path.exists():
+            say(f"no HellaSwag: {path} does not exist; python hellaswag.py downloads the questions")
+            return []
     from hellaswag import read_questions
 
     return read_questions(HELLASWAG_FILE, encoding)
 
 
 # -----------------------------------------------------------------------------
-# Checkpoints. They know the run, not the architecture: what the model is made of is up to GPT2.
+# Checkpoints. They know the run, not the architecture, so a model that you change is saved as well.
 
 
 def run_identity(cfg, loaders):
-    """What makes a run the one it is. All else may change whenever it is started again."""
+    """What has to stay the same when a run is resumed. Everything else may change."""
     names = ["pad_vocab", "seed", "shuffle", "total_batch_size", "sequence_length"]
-    identity = {name: getattr(cfg, name) for name in MODEL_SIZES + names}
+    identity = {name: getattr(cfg, name) for name in SIZE_FIELDS + names}
     # The data are known by the name, the size, and the first and last 64 KiB of every shard.
     digest = hashlib.sha256()
     for loader in loaders:
@@ -940,8 +951,8 @@ def run_identity(cfg, loaders):
 
 
 def save_checkpoint(cfg, step, model, optimizer, scaler, identity):
-    """Write all that a run needs to go on after `step` steps, then remove older checkpoints. Raises
-    SystemExit where this can't be done."""
+    """Write all that is needed to resume a run after `step` steps, then remove older checkpoints.
+    Raises SystemExit if this fails."""
     if not all(p.isfinite().all() for p in model.parameters()):
         raise SystemExit(
             f"error: the weights after {step} steps are not finite, and were not saved; "
@@ -957,8 +968,8 @@ def save_checkpoint(cfg, step, model, optimizer, scaler, identity):
         train_config=asdict(cfg),
         identity=identity,
     )
-    # A kill may come at any moment, so the file gets its name when all of it is on the disk. What a
-    # kill leaves behind has always the same name, and the next checkpoint overwrites it.
+    # The process may be killed at any moment, so the file gets its name only when all of it is on
+    # the disk. A partial file always has the same name, and the next checkpoint overwrites it.
     path = Path(cfg.log_dir, f"checkpoint_{step:05d}.pt")
     partial = Path(cfg.log_dir, "checkpoint.tmp")
     try:
@@ -971,16 +982,16 @@ def save_checkpoint(cfg, step, model, optimizer, scaler, identity):
         partial.unlink(missing_ok=True)
         raise SystemExit(
             f"error: {path} can't be written ({first_line(error)}); make room, and the same "
-            "command goes on from the checkpoint before it, if there is one"
+            "command will resume from the previous checkpoint, if there is one"
         ) from error
-    # Only now that it is safe, the older ones may go. There may be newer ones, of a run that was
-    # started again from an older checkpoint, because a newer one was damaged.
+    # Older checkpoints may go only now that this one is safe. Newer ones may exist if the run was
+    # resumed from an older checkpoint because a newer one was damaged. They stay.
     older = [other for other in checkpoint_paths(path.parent) if step_of(other) <= step]
-    for other in older[: -cfg.keep_checkpoints]:  # none, if it is 0
+    for other in older[: -cfg.keep_checkpoints]:  # with 0, all are kept
         try:
             other.unlink()
         except OSError as error:
-            say(f"{other} can't be removed ({error.strerror}), and stays")
+            say(f"{other} can't be removed ({error.strerror}) and stays")
 
 
 def step_of(path):
@@ -988,51 +999,52 @@ def step_of(path):
 
 
 def checkpoint_paths(log_dir):
-    """The checkpoints of a folder, the newest last."""
+    """The checkpoints in a folder, from the first step to the last."""
     paths = [p for p in log_dir.glob("checkpoint_*.pt") if re.fullmatch(r"checkpoint_\d+", p.stem)]
     return sorted(paths, key=step_of)
 
 
 def load_checkpoint(path):
-    """What torch.save wrote into a file. Runs no code in it. Raises SystemExit for another file."""
+    """Load a dict that torch.save wrote, without running code in the file. Raises SystemExit if it
+    can't be read."""
     try:
         # The file is a zip archive with a checksum for each tensor, which torch.load ignores.
         damaged = zipfile.ZipFile(path).testzip()
         if damaged:
             raise ValueError(f"{damaged} is damaged")
-        # build-nanogpt's files hold an object of its class GPTConfig. A namespace will do for it.
+        # build-nanogpt's files hold an object of its class GPTConfig. A namespace stands in for it.
         stand_in = (types.SimpleNamespace, "__main__.GPTConfig")
         with torch.serialization.safe_globals([stand_in]):
             return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except Exception as error:  # a damaged or foreign file fails anywhere in zipfile or torch
+    except Exception as error:  # a damaged or foreign file can fail anywhere in zipfile or torch
         raise SystemExit(
-            f"error: {path} can't be read as a checkpoint ({first_line(error)}); choose another"
+            f"error: {path} can't be read as a checkpoint ({first_line(error)}); another one is needed"
         ) from error
 
 
 def newest_checkpoint(log_dir):
-    """The newest checkpoint of a folder that can be read, None where there are none. Raises
-    SystemExit where there are some, and none can be read."""
+    """The newest readable checkpoint in a folder, or None if there are no checkpoints. Raises
+    SystemExit if there are some, but none can be read."""
     paths = checkpoint_paths(log_dir)
     for path in reversed(paths):
         try:
             return load_checkpoint(path)
         except SystemExit as error:
-            say(f"{reason(error)}; trying the one before it")
+            say(reason(error))
     if paths:
         raise SystemExit(f"error: no checkpoint in {log_dir} can be read; choose another --log_dir")
     return None
 
 
 def latest_log_dir():
-    """Of log and log_demo the folder with the newest checkpoint, by the time of the file."""
+    """Whichever of log and log_demo has the newest checkpoint, by the time of the file."""
     paths = checkpoint_paths(Path("log")) + checkpoint_paths(Path("log_demo"))
     return str(max(paths, key=os.path.getmtime, default=Path("log/none")).parent)
 
 
 def weights_of_file(path):
-    """Configuration and state dict of a checkpoint of this program, nanoGPT or build-nanogpt.
-    Raises SystemExit for another file."""
+    """The configuration and the weights in a checkpoint of this program, nanoGPT or build-nanogpt.
+    Raises SystemExit for any other file."""
     checkpoint = load_checkpoint(path)
     if "identity" in checkpoint:
         return GPT2Config(**checkpoint["config"]), checkpoint["model"]
@@ -1042,7 +1054,7 @@ def weights_of_file(path):
             sizes["vocab_size"] = 50257  # the rest is padding
         weights = {}
         for name, value in checkpoint["model"].items():
-            name = re.sub(r"^((_orig_mod|module)\.)+", "", name)  # torch.compile's, and DDP's
+            name = re.sub(r"^((_orig_mod|module)\.)+", "", name)  # prefixes of torch.compile, DDP
             if not name.endswith(".attn.bias"):  # a causal mask
                 weights[name] = value
         table = weights["transformer.wte.weight"]
@@ -1059,17 +1071,17 @@ def weights_of_file(path):
 
 
 # -----------------------------------------------------------------------------
-# Log, and what asks a run to stop
+# Log, and the signals that stop a run
 
 
 def lock_log_dir(log_dir):
-    """Make the folder, and keep other runs out of it as long as the returned context lasts. Raises
-    SystemExit where that can't be done."""
+    """Make the folder, and lock out other runs until the returned context ends. Raises SystemExit
+    if this fails."""
     if RANK != 0:
         return contextlib.nullcontext()
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
-        # A run that was killed may need a few seconds to die.
+        # A run that was killed may take a few seconds to end.
         return filelock.FileLock(log_dir / ".lock").acquire(timeout=5)
     except OSError as error:  # filelock.Timeout is one, too
         raise SystemExit(
@@ -1079,11 +1091,11 @@ def lock_log_dir(log_dir):
 
 
 class Logger:
-    """The figures of a run: on the screen, all of them in log.txt, and as curves.png.
+    """Reports the figures of a run: on the screen, in log.txt and in curves.png.
 
-    log.txt has a line `step stream value` for each figure. When a run goes on at `first_step`, the
-    lines from that step on are removed, since they will come again. On ranks other than 0, a logger
-    does nothing.
+    log.txt has a line `step stream value` for each figure. When a run is resumed at `first_step`,
+    the lines from that step on are removed, since they will be written again. On ranks other than
+    0, a logger does nothing.
     """
 
     def __init__(self, cfg, first_step, flops_per_token):
@@ -1104,7 +1116,7 @@ class Logger:
             # The log of a run that left no checkpoint is kept under another name.
             self.path.rename(self.path.with_name(f"log_{self.path.stat().st_mtime_ns}.txt"))
             return
-        # A kill may have broken the last line.
+        # Whole lines only: a kill may have cut the last one short.
         text = self.path.read_text(errors="replace")
         lines = re.findall(r"^((\d+) \w+ [-+.\w]+\n)", text, re.MULTILINE)
         partial = self.path.with_suffix(".tmp")
@@ -1162,15 +1174,15 @@ def duration(seconds):
     return f"{minutes // 60}h{minutes % 60:02d}m"
 
 
-# What is published for GPT-2, by its layers and channels: the accuracy on HellaSwag (acc_norm), and
-# the validation loss on FineWeb-Edu that build-nanogpt and llm.c compare with
+# Published figures of GPT-2, by layers and channels: the HellaSwag accuracy (acc_norm), and the
+# validation loss on FineWeb-Edu that build-nanogpt and llm.c compare themselves with
 PUBLISHED_FIGURES = {
     (12, 768): dict(hella=0.2945, train=3.2924),
     (24, 1024): dict(hella=0.3752),
     (36, 1280): dict(hella=0.4320),
     (48, 1600): dict(hella=0.4889),
 }
-UNITS = dict(
+AXIS_LABELS = dict(
     train="loss (nats per token)",
     norm="gradient norm, before clipping",
     tps="throughput (tokens per second)",
@@ -1179,8 +1191,8 @@ UNITS = dict(
 
 
 def draw_curves(cfg):
-    """Draw log.txt as curves.png, beside what is published for a model of this size."""
-    from matplotlib.figure import Figure  # pyplot would look for a screen
+    """Plot log.txt as curves.png, with the published figures of a model of this size."""
+    from matplotlib.figure import Figure  # unlike pyplot, it needs no display
 
     curves = collections.defaultdict(list)
     for line in Path(cfg.log_dir, "log.txt").read_text().splitlines():
@@ -1191,7 +1203,7 @@ def draw_curves(cfg):
     figure = Figure(figsize=(12, 8), layout="constrained")
     top = ["train", "hella"] if curves["hella"] else ["train", "train"]
     for stream, axes in figure.subplot_mosaic([top, ["norm", "tps"]]).items():
-        axes.set(xlabel="step", ylabel=UNITS[stream])
+        axes.set(xlabel="step", ylabel=AXIS_LABELS[stream])
         axes.grid(alpha=0.3)
         if curves[stream]:
             steps, values = np.array(curves[stream]).T
@@ -1214,7 +1226,7 @@ def draw_curves(cfg):
 
 
 class StopSignal:
-    """Notes a signal that asks the run to stop, so that it can finish its step and save first.
+    """Records a signal that asks the run to stop, so that it can finish its step and save first.
 
     SIGINT is Ctrl-C, SIGTERM comes from torchrun and batch systems, SIGHUP from a lost connection.
     """
@@ -1225,9 +1237,9 @@ class StopSignal:
 
     def __enter__(self):
         hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
-        if threading.current_thread() is threading.main_thread():  # others may not do this
+        if threading.current_thread() is threading.main_thread():  # only it may set handlers
             for signum in {signal.SIGINT, signal.SIGTERM, hangup}:
-                # nohup asks for SIGHUP to be ignored, and so it stays.
+                # nohup makes a run ignore SIGHUP, and that must stay so.
                 if signal.getsignal(signum) != signal.SIG_IGN:
                     self.previous_handlers[signum] = signal.signal(signum, self.handle)
         return self
@@ -1239,16 +1251,16 @@ class StopSignal:
     def handle(self, signum, frame):
         self.signum = self.signum or signum
         if signum == signal.SIGINT:
-            # Whoever presses Ctrl-C once more does not want to wait.
+            # Whoever presses Ctrl-C a second time does not want to wait.
             signal.signal(signum, signal.default_int_handler)
 
     def on_any_rank(self):
-        """Whether a signal has reached any rank. All of them have to call this."""
+        """Whether a signal has reached any rank. Every rank has to call this."""
         return any(gather_from_ranks(self.signum))
 
     def watch(self, batches):
-        """The batches of an evaluation, up to a signal, with a progress bar on a terminal."""
-        hidden = None if RANK == 0 and sys.stderr else True  # None hides it where no terminal is
+        """Yield the batches of an evaluation until a signal comes, with a bar on a terminal."""
+        hidden = None if RANK == 0 and sys.stderr else True  # None shows the bar only on a terminal
         for batch in tqdm(batches, "evaluation", leave=False, delay=1, disable=hidden):
             if self.signum:
                 return
@@ -1260,7 +1272,7 @@ class StopSignal:
 
 
 def choose_device(name):
-    """The named device, or the fastest there is. Raises SystemExit where it is not there."""
+    """The named device, or the fastest one. Raises SystemExit if it is not available."""
     found = ["cpu"]
     if torch.backends.mps.is_available() and WORLD_SIZE == 1:
         found.insert(0, "mps")
@@ -1272,23 +1284,22 @@ def choose_device(name):
     if name == "cuda":
         name = f"cuda:{LOCAL_RANK}"
     if name not in found:
-        raise SystemExit(f"error: this process has no device {name}, but {' and '.join(found)}")
+        raise SystemExit(f"error: there is no device {name} here; choose {' or '.join(found)}")
     if name.startswith("cuda"):
         torch.cuda.set_device(name)
     return torch.device(name)
 
 
 def join_processes(device):
-    """Join the other processes of torchrun. Raises SystemExit where the environment is wrong."""
-    if WORLD_SIZE == 1 or dist.is_initialized():
-        return
-    missing = {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
-    if missing or RANK >= WORLD_SIZE:
+    """Join the other processes of torchrun. Raises SystemExit if the environment is wrong."""
+    address = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
+    if not 0 <= RANK < WORLD_SIZE or (WORLD_SIZE > 1 and not address):
         raise SystemExit(
-            "error: WORLD_SIZE is set, but not with the other variables of torchrun "
-            "(RANK, MASTER_ADDR, MASTER_PORT); start with torchrun, or unset it"
+            "error: of torchrun's variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, some are "
+            "set and others missing or wrong; start with torchrun, or unset them"
         )
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def choose_dtype(device):
@@ -1315,8 +1326,8 @@ def set_precision(device, dtype):
 
 
 def choose_compile(asked, device, model_name):
-    """Whether to use torch.compile. It is tried first, as it needs a compiler that may be missing:
-    then it is left out, and if it was asked for, SystemExit is raised."""
+    """Whether to use torch.compile. It needs a compiler that may be missing, so it is tried here.
+    Raises SystemExit if it was asked for and fails."""
     wanted = device.type == "cuda" and model_name != "demo" if asked is None else asked
     if not wanted:
         return False
@@ -1324,23 +1335,23 @@ def choose_compile(asked, device, model_name):
         torch.compile(torch.sin)(torch.ones(1, device=device))
         return True
     except Exception as error:  # whatever Triton, a C++ compiler or a driver has to say
-        reason = f"torch.compile does not work here ({first_line(error)})"
+        problem = f"torch.compile does not work here ({first_line(error)})"
     if asked:
-        raise SystemExit(f"error: {reason}; install a compiler, or leave out --compile")
-    say(f"{reason}; training without it")
+        raise SystemExit(f"error: {problem}; install a compiler, or leave out --compile")
+    say(f"{problem}; training without it")
     return False
 
 
 def activation_bytes_per_token(cfg):
-    """Bytes of memory that the forward and backward pass take per token, estimated from above.
+    """A safe estimate of the bytes of memory per token that the forward and backward pass take.
 
-    Measured for the 124M model on an H100 (tests/BENCHMARKS.md) they are at most 0.8 of these.
+    For the 124M model on an H100, at most 0.8 of it was measured (tests/BENCHMARKS.md).
     """
-    number = 2 if cfg.dtype in ("bf16", "fp16") else 4  # bytes of one
+    itemsize = 2 if cfg.dtype in ("bf16", "fp16") else 4  # bytes per number
     # Compiled code stores 16 vectors of n_embd numbers a layer, and the logits twice. Otherwise
     # every operation stores its result, much of it in float32 whatever the precision.
-    layer = cfg.n_embd * (16 * number if cfg.compile else 68)
-    logits = cfg.padded_vocab_size * (2 * number if cfg.compile else 12)
+    layer = cfg.n_embd * (16 * itemsize if cfg.compile else 68)
+    logits = cfg.padded_vocab_size * (2 * itemsize if cfg.compile else 12)
     if cfg.attention == "manual":
         layer += 8 * cfg.n_head * cfg.sequence_length  # the (T, T) matrices
     if cfg.activation_checkpointing:
@@ -1350,19 +1361,19 @@ def activation_bytes_per_token(cfg):
 
 
 def choose_micro_batch_size(cfg, device):
-    """How many sequences to compute at a time: as many as surely fit on every rank, but no more
-    tokens than keep the device busy."""
+    """How many sequences to process at a time: as many as are sure to fit on every rank, but no
+    more than it takes to keep the device busy."""
     tokens = 2**12
     if device.type == "cuda":
         num_params = 12 * cfg.n_layer * cfg.n_embd**2 + cfg.padded_vocab_size * cfg.n_embd
-        # A parameter needs 16 bytes: itself, its gradient, and the two moments of AdamW.
+        # A parameter takes 16 bytes: itself, its gradient and the two moments of AdamW.
         room = 0.9 * torch.cuda.mem_get_info()[0] - 16 * num_params
         tokens = min(2**16, int(room / activation_bytes_per_token(cfg)))
     return largest_micro_batch(cfg, min(gather_from_ranks(tokens)) // cfg.sequence_length)
 
 
 def largest_micro_batch(cfg, limit):
-    """The largest number of sequences up to a limit that divides a step, and at least 1."""
+    """The largest micro-batch up to a limit that divides a step evenly, and at least 1."""
     sequences = cfg.total_batch_size // (cfg.sequence_length * WORLD_SIZE)
     return max(B for B in range(1, max(2, limit + 1)) if sequences % B == 0)
 
@@ -1376,6 +1387,8 @@ def explain_out_of_memory(cfg):
         if not re.search("out of memory|can't allocate memory", str(error)):
             raise
         B = cfg.micro_batch_size
+        if B is None:
+            raise SystemExit("error: out of memory; try fewer --num_samples") from error
         advice = f"--micro_batch_size {largest_micro_batch(cfg, B - 1)}"
         if B == 1:
             advice = "--activation_checkpointing, a smaller --sequence_length or a smaller model"
@@ -1384,7 +1397,7 @@ def explain_out_of_memory(cfg):
         ) from error
 
 
-# FLOP/s of dense products in 16 bits, in units of 10^12. The first name that fits a GPU counts.
+# Peak TFLOP/s of dense matrix products in 16 bits. The first name that fits a GPU counts.
 PEAK_TERAFLOPS = {
     "B200": 2250,
     "H200": 989,
@@ -1399,7 +1412,7 @@ PEAK_TERAFLOPS = {
 
 
 def peak_flops(cfg):
-    """FLOP/s of all devices at best, the 100% of MFU. 0 where they are not known."""
+    """The peak FLOP/s of all devices together, which MFU is a share of; 0 if not known."""
     if cfg.device.startswith("cuda") and cfg.dtype in ("bf16", "fp16"):
         for name, teraflops in PEAK_TERAFLOPS.items():
             if re.search(rf"\b{name}\b", torch.cuda.get_device_name()):
@@ -1421,8 +1434,8 @@ def get_lr(step, cfg):
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.max_lr - cfg.min_lr)
 
 
-def first_model(cfg, checkpoint, pretrained):
-    """The model to begin with: pretrained, or from a checkpoint, or with random weights."""
+def initial_model(cfg, checkpoint, pretrained):
+    """The model to start with: pretrained, from a checkpoint, or with random weights."""
     model = pretrained or GPT2(cfg)
     if checkpoint:
         model.load_weights(checkpoint["model"])
@@ -1440,19 +1453,19 @@ def make_demo_data():
 
 
 def check_same_run(cfg, checkpoint, identity):
-    """Compare a run with its checkpoint, and say what has changed. Raises SystemExit where the
-    checkpoint is another run's, or past the last step."""
+    """Compare a run with its checkpoint, and say what has changed. Raises SystemExit if the
+    checkpoint belongs to another run, or is past the last step."""
     for name, value in identity.items():
         old = checkpoint["identity"].get(name)
         if value != old:
             raise SystemExit(
-                f"error: {cfg.log_dir} holds another run: its {name} is {old}, and here {value}; "
+                f"error: {cfg.log_dir} holds another run: its {name} is {old}, not {value}; "
                 "choose another --log_dir, or the old flags and data"
             )
     step = checkpoint["step"]
     if step > cfg.max_steps:
         raise SystemExit(
-            f"error: {cfg.log_dir} is at step {step}, past --max_steps {cfg.max_steps}; choose more"
+            f"error: {cfg.log_dir} is at step {step}, past --max_steps {cfg.max_steps}; raise it"
         )
     say(f"resuming {cfg.log_dir} after {step:,} steps")
     before = checkpoint["train_config"]
@@ -1462,27 +1475,32 @@ def check_same_run(cfg, checkpoint, identity):
         say(f"changed since the last start: {', '.join(changes)}")
 
 
+def is_due(step, every, max_steps):
+    """Whether what is done every so many steps, and after the last one, is due at this step."""
+    return every > 0 and (step % every == 0 or step == max_steps)
+
+
 def train(cfg, checkpoint=None, pretrained=None):
-    """Train as resolve_config() has decided. Returns the exit code: 0, or 128 + a signal."""
+    """Train with what resolve_config() returns. Returns the exit code: 0, or 128 + the signal."""
     device = torch.device(cfg.device)
     autocast = set_precision(device, cfg.dtype)
-    torch.manual_seed(cfg.seed)  # all ranks draw the same first weights
+    torch.manual_seed(cfg.seed)  # all ranks draw the same initial weights
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(cfg.deterministic)
 
-    # What samples and HellaSwag need. Training goes on without them.
+    # Samples and HellaSwag need these. Without them, training goes on.
     encoding = None
     questions = []
-    try:
-        if cfg.sample_every or cfg.hellaswag_every:
+    if cfg.sample_every or cfg.hellaswag_every:
+        try:
             encoding = open_encoding(cfg)
-        if cfg.hellaswag_every and cfg.encoding == "gpt2":
-            questions = get_questions(encoding)
-    except SystemExit as error:
-        say(f"without samples or HellaSwag: {reason(error)}")
-    if encoding:
-        encode_prompt(encoding, cfg.prompt, cfg.block_size)  # Is it short enough?
+        except SystemExit as error:
+            say(f"no samples and no HellaSwag: {reason(error)}")
+    if encoding and cfg.sample_every:
+        encode_prompt(encoding, cfg.prompt, cfg.block_size)  # refuses one that is too long
+    if encoding and cfg.hellaswag_every and cfg.encoding == "gpt2":
+        questions = get_questions(encoding)
 
     # Data
     if Path(cfg.data) == DEMO_DATA:
@@ -1492,7 +1510,7 @@ def train(cfg, checkpoint=None, pretrained=None):
     if not read_manifest(Path(cfg.data)).get("finished", True):
         say(f"{cfg.data} is still being made: {train_loader.num_tokens:,} training tokens so far")
 
-    # Is this the run that the checkpoint belongs to, and the same on all ranks?
+    # Do all ranks see the same run, and does the checkpoint belong to it?
     identity = run_identity(cfg, [train_loader, val_loader])
     first_step = checkpoint["step"] if checkpoint else 0
     seen = gather_from_ranks((identity, first_step, len(questions)))
@@ -1504,21 +1522,21 @@ def train(cfg, checkpoint=None, pretrained=None):
     if checkpoint:
         check_same_run(cfg, checkpoint, identity)
 
-    # Model and optimiser, as they start or as they were
-    model = first_model(cfg, checkpoint, pretrained).to(device)
+    # Model and optimiser, new or as they were saved
+    model = initial_model(cfg, checkpoint, pretrained).to(device)
     optimizer = model.configure_optimizers(cfg.weight_decay, cfg.max_lr)
-    # fp16 can't hold numbers as small as many gradients are. The scaler multiplies the loss, and
-    # with it all gradients, by a large number, and divides them by it before they are used.
+    # Many gradients are too small for fp16. The scaler multiplies the loss, and with it all
+    # gradients, by a large number, and divides the gradients by it before they are used.
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")
     if checkpoint:
-        groups = optimizer.state_dict()["param_groups"]  # rates and decay of today's flags
+        groups = optimizer.state_dict()["param_groups"]  # rate and decay of the current flags
         optimizer.load_state_dict(checkpoint["optimizer"] | dict(param_groups=groups))
         if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
 
-    # The three share their weights. Batches of training and validation always have the same shape,
-    # so they can be compiled. HellaSwag and samples have a new shape each time, for which the
-    # compiler would start again, so they use `model` as it is.
+    # The three models below share their weights. Training and validation always use one batch
+    # shape, so they can use compiled code. HellaSwag and samples have a new shape each time, for
+    # which the compiler would have to start again, so they use `model` itself.
     compiled_model = torch.compile(model, dynamic=False) if cfg.compile else model
     ddp_model = compiled_model
     if WORLD_SIZE > 1:
@@ -1534,7 +1552,7 @@ def train(cfg, checkpoint=None, pretrained=None):
         f"{model.num_params():,} parameters; a step is {B} sequences × {T} tokens "
         f"× {grad_accum_steps} micro-steps × {WORLD_SIZE} processes"
     )
-    say(f"knowing nothing costs ln {cfg.vocab_size:,} = {math.log(cfg.vocab_size):.4f} nats")
+    say(f"a uniform guess has a loss of ln {cfg.vocab_size:,} = {math.log(cfg.vocab_size):.4f}")
 
     step = first_step
     saved_step = first_step
@@ -1547,7 +1565,7 @@ def train(cfg, checkpoint=None, pretrained=None):
     ):
         while True:
             # Once in a while, and when the run has to stop: save a checkpoint (rank 0). It comes
-            # before the evaluations, so that whatever goes wrong in them, the weights are there.
+            # before the evaluations, so that the weights are safe whatever goes wrong in them.
             save = is_due(step, cfg.checkpoint_every, cfg.max_steps)
             save = save or (stopping and cfg.checkpoint_every > 0)
             if save and step > saved_step:
@@ -1568,7 +1586,7 @@ def train(cfg, checkpoint=None, pretrained=None):
                 stopping = stop.on_any_rank()
                 if not stopping:
                     logger.write(step, val=val_loss)
-                    perplexity = math.exp(min(val_loss, 99))
+                    perplexity = math.exp(min(val_loss, 99))  # exp overflows at 710
                     logger.say(step, f"val loss {val_loss:.4f} | perplexity {perplexity:.2f}")
 
             # Once in a while: answer HellaSwag's questions (all ranks share them).
@@ -1584,14 +1602,14 @@ def train(cfg, checkpoint=None, pretrained=None):
                     logger.write(step, hella=acc_norm)
                     logger.say(step, f"hellaswag acc {acc:.4f} | acc_norm {acc_norm:.4f}")
 
-            # Once in a while: let the model write (rank 0, while the others wait).
+            # Once in a while: generate samples (rank 0, while the others wait).
             sample = is_due(step, cfg.sample_every, cfg.max_steps) and step > 0 and not stopping
             if RANK == 0 and encoding and sample:
                 with autocast:
                     print_samples(model, encoding, cfg, cfg.prompt, cfg.seed + step)
 
             if stopping:
-                continue  # to the checkpoint above, which this step may not have yet
+                continue  # to the checkpoint above, since this step may not have one yet
             if step == cfg.max_steps:
                 break
 
@@ -1604,27 +1622,27 @@ def train(cfg, checkpoint=None, pretrained=None):
             train_loss = torch.zeros((), device=device)
             for micro_step in range(grad_accum_steps):
                 if WORLD_SIZE > 1:
-                    # The ranks exchange gradients once, when the last micro-step has added its own
+                    # The ranks average their gradients only once, in the last micro-step.
                     ddp_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
                 with autocast:
-                    # backward() adds to the gradients that are there. The gradient is to be that of
-                    # the mean loss of the whole batch, so each part is divided by their number.
+                    # backward() adds to the gradients that are already there. We want the gradient
+                    # of the mean over all micro-steps, so each loss is divided by their number.
                     loss = ddp_model(x, y) / grad_accum_steps
                 scaler.scale(loss).backward()
                 train_loss += loss.detach()
                 # Fetch the next batch now, while the GPU is still busy with this one.
                 next_batch = train_loader.batch(step * grad_accum_steps + micro_step + 1)
                 x, y = to_device(next_batch, device)
-            # Now and then a batch of odd text has a gradient many times the usual. Limiting its
-            # norm keeps it from throwing the weights off.
+            # Now and then a batch of odd text has a gradient many times larger than usual.
+            # Limiting its norm keeps it from throwing the weights off course.
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-            # Reading the figures waits for the GPU. With them travels whether a signal has come to
-            # any rank, so that all of them stop after the same step.
+            # Reading the figures waits for the GPU. The signal, if any, is shared along with them,
+            # so that all ranks stop after the same step.
             figures = torch.stack([train_loss, norm, torch.full_like(norm, stop.signum)])
             if WORLD_SIZE > 1:
                 dist.all_reduce(figures)
@@ -1637,7 +1655,7 @@ def train(cfg, checkpoint=None, pretrained=None):
             if not math.isfinite(mean_loss) or not (math.isfinite(grad_norm) or overflow):
                 raise SystemExit(
                     f"error: step {step} has loss {mean_loss} and gradient norm {grad_norm}; "
-                    "lower --max_lr, or try --dtype fp32; the newest checkpoint is from before it"
+                    "lower --max_lr, or try --dtype fp32; the newest checkpoint is older"
                 )
             logger.step(step, mean_loss, lr, grad_norm, seconds)
             step += 1
@@ -1645,14 +1663,9 @@ def train(cfg, checkpoint=None, pretrained=None):
         logger.draw_curves()
     if not stopping:
         return 0
-    saved = "the same command goes on from there" if cfg.checkpoint_every else "nothing was saved"
+    saved = "the same command resumes from there" if cfg.checkpoint_every else "nothing was saved"
     say(f"stopped after {step:,} steps; {saved}")
     return 128 + (stop.signum or signal.SIGTERM)
-
-
-def is_due(step, every, max_steps):
-    """Whether something that is done every so many steps, and at the end, is to be done now."""
-    return every > 0 and (step % every == 0 or step == max_steps)
 
 
 # -----------------------------------------------------------------------------
@@ -1660,7 +1673,7 @@ def is_due(step, every, max_steps):
 
 
 def parse_flags(argv):
-    """The flags that were given, by name. Raises SystemExit for others."""
+    """The flags that were given, as a dict. Raises SystemExit for any that are wrong."""
     parser = argparse.ArgumentParser(
         usage="python train_gpt2.py [--flag value ...]",
         allow_abbrev=False,
@@ -1692,10 +1705,10 @@ def use_model(cfg, checkpoint, pretrained):
     """Do what --export and --generate ask for."""
     if RANK != 0:
         return
-    model = first_model(cfg, checkpoint, pretrained)
+    model = initial_model(cfg, checkpoint, pretrained)
     if cfg.export is not None:
         model.export_pretrained(Path(cfg.export))
-        say(f"{cfg.export}: {model.num_params():,} parameters, for transformers")
+        say(f"wrote {model.num_params():,} parameters to {cfg.export}, for transformers")
     if cfg.generate is not None:
         encoding = open_encoding(cfg)
         device = torch.device(cfg.device)
@@ -1707,7 +1720,7 @@ def use_model(cfg, checkpoint, pretrained):
 def main(argv=None):
     """Run the command line. Returns the exit code."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # samples may have letters that a terminal has not
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack letters
     try:
         cfg, checkpoint, pretrained = resolve_config(parse_flags(argv))
         with explain_out_of_memory(cfg):
@@ -1720,24 +1733,25 @@ def main(argv=None):
             raise  # --help
         message = error.code
         if RANK != 0:
-            time.sleep(5)  # rank 0 may say the same, and torchrun end all
+            time.sleep(5)  # rank 0 may report the same, and torchrun end all
             message += f" (rank {RANK})"
-        get_error_handler().record_exception(error)  # torchrun's report ends with it
+        get_error_handler().record_exception(error)  # for the end of torchrun's report
         with contextlib.suppress(OSError, AttributeError):
             print(message, file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
-        # Nobody's mistake but the program's. The other ranks will fail as well when they miss this
-        # one. torchrun ends them first if they wait, and then its report ends with the cause.
+        # A bug, not a user's mistake. Once this rank is gone, the others will fail as well. Each
+        # waits before it ends, so that torchrun stops them first and reports the cause, not an
+        # effect.
         get_error_handler().record_exception(error)
         if WORLD_SIZE > 1:
             time.sleep(5)
         raise
     finally:
         if dist.is_initialized():
-            time.sleep(0.1)  # the threads of gloo still use Python (pytorch issue 179291)
+            time.sleep(0.1)  # gloo's threads still use Python (pytorch issue 179291)
             dist.destroy_process_group()
 
 
@@ -1746,6 +1760,6 @@ if __name__ == "__main__":
     try:
         sys.stdout.flush()
     except (OSError, AttributeError):
-        # Nobody can read it any more. Python would try again, and change the exit code to 120.
+        # The reader of the pipe is gone. Python would flush again, and change the exit code to 120.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(exit_code)
