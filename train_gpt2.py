@@ -1018,7 +1018,7 @@ def load_checkpoint(path):
             return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception as error:  # a damaged or foreign file can fail anywhere in zipfile or torch
         raise SystemExit(
-            f"error: {path} can't be read as a checkpoint ({first_line(error)}); another one is needed"
+            f"error: {path} is not a readable checkpoint ({first_line(error)}); another is needed"
         ) from error
 
 
@@ -1295,8 +1295,8 @@ def join_processes(device):
     address = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
     if not 0 <= RANK < WORLD_SIZE or (WORLD_SIZE > 1 and not address):
         raise SystemExit(
-            "error: of torchrun's variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, some are "
-            "set and others missing or wrong; start with torchrun, or unset them"
+            "error: of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, some are set and others missing "
+            "or wrong; start with torchrun, which sets them all, or unset them"
         )
     if WORLD_SIZE > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

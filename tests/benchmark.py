@@ -66,7 +66,7 @@ NOTHING_BUT_STEPS = [
 # What the benchmarks share
 
 
-def print_table(header: list[str], rows: list[list[str]]) -> None:
+def print_table(header: list[str], rows: list) -> None:
     """Print a table in Markdown, with everything but the first column to the right."""
     columns = zip(header, *rows, strict=True)
     widths = [max(len(cell) for cell in column) for column in columns]
@@ -160,7 +160,7 @@ def trainer_with_float32_stream() -> types.ModuleType:
     return module
 
 
-def make_training_step(cfg, float32_stream: bool = False, fused: bool = True, clip: bool = True):
+def make_training_step(cfg, float32_stream=False, fused=True, clip=True):
     """A function that does a micro-step and an optimiser step as the trainer does them, on random
     tokens."""
     trainer = trainer_with_float32_stream() if float32_stream else train_gpt2
@@ -422,6 +422,7 @@ def read_log(log_dir: Path, stream: str) -> list[float]:
 
 
 def flags_of(cfg, *names: str) -> list[str]:
+    """The fields of a configuration as flags of the trainer."""
     return [f"--{name}={getattr(cfg, name)}" for name in names]
 
 
@@ -430,6 +431,7 @@ def residual(args) -> None:
     Python's standard library, in bytes."""
     cfg = replace(configure(args), dtype="bf16")
     steps = args.steps or 300
+    seeds = args.rounds or 5
     describe(cfg, f"{steps} steps on the source of Python's library")
     flags = NOTHING_BUT_STEPS + ["--data=data", "--val_every=1000000"]
     flags += [f"--val_tokens={1000 * steps}", f"--max_steps={steps}"]
@@ -441,7 +443,7 @@ def residual(args) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         fineweb.write_demo_data(folder / "data")
-        for seed in range(args.seeds):
+        for seed in range(seeds):
             for name, program in programs.items():
                 log_dir = folder / f"{name} {seed}"
                 run_python(program + flags + [f"--seed={seed}", f"--log_dir={log_dir}"], folder)
@@ -452,8 +454,8 @@ def residual(args) -> None:
         row = [f"{losses[name][seed]:.4f}" for name in programs]
         rows.append([f"seed {seed}"] + row + [f"{difference:+.4f}"])
     print_table(["val loss"] + list(programs) + ["difference"], rows)
-    if args.seeds > 1:
-        error = differences.std(ddof=1) / args.seeds**0.5
+    if seeds > 1:
+        error = differences.std(ddof=1) / seeds**0.5
         print(f"\nThe difference is {differences.mean():+.4f} ± {error:.4f} nats (standard error).")
 
 
@@ -622,14 +624,6 @@ def count_peak(cfg) -> int:
     return tally.peak
 
 
-def measure_peak(cfg) -> int:
-    """Bytes that a step allocates on a GPU at most."""
-    step = make_training_step(cfg)
-    torch.cuda.reset_peak_memory_stats()
-    time_calls(step, 2, torch.device(cfg.device))
-    return torch.cuda.max_memory_allocated()
-
-
 def memory(args) -> None:
     """Gigabytes of a step in bf16 that is not compiled: counted, as the trainer estimates them when
     it chooses the micro-batch, and measured on a CUDA GPU."""
@@ -648,7 +642,10 @@ def memory(args) -> None:
             row = [model, str(checkpointing), str(B)]
             row += [f"{count_peak(cfg) / 1e9:.1f}", f"{estimate / 1e9:.1f}", "-"]
             if torch.cuda.is_available():
-                row[-1] = f"{measure_peak(cfg) / 1e9:.1f}"
+                torch.cuda.reset_peak_memory_stats()
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    time_calls(make_training_step(cfg), 2, torch.device("cuda"))
+                    row[-1] = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
             rows.append(row)
     header = ["", "checkpointing", "micro-batch", "counted", "estimated", "measured"]
     print_table(header, rows)
@@ -666,6 +663,8 @@ def scaling(args) -> None:
     steps = args.steps or 60
     device_type = torch.device(cfg.device).type
     processes = torch.cuda.device_count() if device_type == "cuda" else 2
+    if processes == 1:
+        raise SystemExit("error: there is only one GPU; try --device cpu")
     describe(cfg, f"{rounds} rounds of {steps} steps")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     ways = {
@@ -685,9 +684,8 @@ def scaling(args) -> None:
                 arguments = launch + [TRAINER] + flags
                 arguments += [f"--total_batch_size={tokens}", f"--log_dir={log_dir}"]
                 run_python(arguments, folder, OMP_NUM_THREADS="1")
-                # The first steps are slower.
-                speed = statistics.median(read_log(log_dir, "tps")[steps // 4 :])
-                speeds[name].append(speed)
+                all_speeds = read_log(log_dir, "tps")
+                speeds[name].append(statistics.median(all_speeds[steps // 4 :]))  # without a start
     rows = []
     for name, values in speeds.items():
         ratio = median_ratio(values, speeds["one process"])
@@ -736,17 +734,16 @@ def tokenize(args) -> None:
     import pyarrow.parquet as pq
 
     cores = torch.get_num_threads()
-    megabytes = args.megabytes
     rounds = args.rounds or 5
     tiktoken.get_encoding("gpt2")  # if it can't be downloaded, this says so
     with tempfile.TemporaryDirectory() as folder:
         jsonl = Path(folder, "text.jsonl")
         parquet = Path(folder, "text.parquet")
-        write_english(jsonl, megabytes)
+        write_english(jsonl, args.megabytes)
         lines = jsonl.read_text(encoding="utf-8").splitlines()
         texts = [json.loads(line)["text"] for line in lines]
         pq.write_table(pa.table({"text": texts}), parquet, row_group_size=1000)
-        print(f"{cores} cores, {len(lines):,} documents, {megabytes} MB, {rounds} rounds\n")
+        print(f"{cores} cores, {len(lines):,} documents, {args.megabytes} MB, {rounds} rounds\n")
 
         def plain() -> int:
             parts = [lines[i::cores] for i in range(cores)]
@@ -849,11 +846,11 @@ PARTS = [
     ("Where its time goes", "profile --micro_batch_size 64", 90, "--steps=2"),
     ("Tests that need a GPU", "pytest", 120, ""),
     ("Other micro-batches", "batch --micro_batch_size 32 128", 150, "--steps=1"),
-    ("The residual stream", "residual --n_layer=4 --seeds=2", 200, "--steps=4"),
-    ("Validation and HellaSwag", "evaluation --micro_batch_size 64", 90, "--questions=4"),
+    ("The residual stream", "residual --n_layer=4 --rounds=2", 200, "--steps=4"),
+    ("Validation and HellaSwag", "evaluation --micro_batch_size 64", 90, "--questions=4 --steps=1"),
     ("The training loop", "step --micro_batch_size 64 --rounds=6", 90, "--steps=1"),
     ("From the textbook to the trainer", "ladder", 240, "--steps=1"),
-    ("Memory", "memory", 120, ""),
+    ("Memory", "memory", 120, "--micro_batch_size 1"),
     ("Several GPUs", "scaling --rounds=1", 150, "--steps=4"),
 ]
 REHEARSAL = "--device=cpu --model=demo --rounds=1"
@@ -950,7 +947,6 @@ def main() -> None:
     add("--dtype", choices=("fp32", "tf32", "bf16"), help="precision (the trainer's choice)")
     add("--compile", action=argparse.BooleanOptionalAction, help="(the trainer's choice)")
     add("--micro_batch_size", type=int, nargs="+", help="sequences (16 on CUDA, else 2,048 tokens)")
-    add("--seeds", type=int, default=5, help="residual: pairs of runs (%(default)s)")
     add("--questions", type=int, help="evaluation, hellaswag: how many to score")
     add("--megabytes", type=int, default=300, help="tokenize: of text (%(default)s)")
     add("--out", help="gpu: the report (gpu_NAME_OF_THE_CARD.md)")

@@ -1,6 +1,7 @@
 """Nothing is lost: real processes are stopped, killed and starved at every point, and end where an
 untouched one ends."""
 
+import json
 import os
 import random
 import re
@@ -12,13 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from conftest import TINY, read_log
+from conftest import TINY, read_log, write_shards
 
 if not hasattr(os, "fork"):
     pytest.skip("needs fork and POSIX signals", allow_module_level=True)
-
-from train_gpt2 import main
 
 import processes
 from processes import (
@@ -26,6 +24,7 @@ from processes import (
     At,
     AtFile,
     Run,
+    break_weights,
     die_at_file_size,
     fail,
     get_signal,
@@ -33,9 +32,11 @@ from processes import (
     wait,
 )
 
-RUN = [*TINY, "--data=data", "--log_dir=log"]
+from train_gpt2 import main
+
+RUN = TINY + ["--data=data", "--log_dir=log"]
 # Validations and checkpoints at different steps, and at the same
-OFTEN = [*RUN, "--val_every=3", "--val_tokens=100", "--checkpoint_every=4"]
+OFTEN = RUN + ["--val_every=3", "--val_tokens=100", "--checkpoint_every=4"]
 
 
 def assert_one_error(output, *words):
@@ -85,13 +86,13 @@ def assert_same_run(one, other):
 
 
 def test_twenty_four_kills_at_random_moments_change_nothing(here):
-    run = [*OFTEN, "--max_steps=200"]
-    run_to_end(*run, "--log_dir=whole")
+    run = OFTEN + ["--max_steps=200"]
+    run_to_end(run + ["--log_dir=whole"])
     seed = random.randrange(10**6)
     dice = random.Random(seed)
     kills = 0
     for _ in range(24):
-        process = Run(*run)
+        process = Run(run)
         # A validation has such a line, too.
         if not process.wait_for("^step", times=dice.randrange(1, 11)):
             break
@@ -106,12 +107,12 @@ def test_twenty_four_kills_at_random_moments_change_nothing(here):
             assert "stopped after" in output, (seed, output)
         kills += 1
     assert kills >= 20, seed
-    run_to_end(*run)
+    run_to_end(run)
     assert_same_run("whole", "log")
     assert checkpoints("log") == ["checkpoint_00196.pt", "checkpoint_00200.pt"], seed
     # Nothing else is left but the logs of runs that were killed before they saved anything.
     names = {re.sub(r"^log_\d+", "log", path.name) for path in Path("log").iterdir()}
-    assert names - {".lock", *checkpoints("log")} == {"log.txt"}, seed
+    assert names - set(checkpoints("log")) == {".lock", "log.txt"}, seed
 
 
 # A checkpoint has 420 kB.
@@ -125,48 +126,49 @@ POINTS = {
     "before a checkpoint has its name": AtFile("os.rename", "checkpoint_*.pt"),
     "before the log is put in place": AtFile("os.rename", "log.txt"),
     "while a checkpoint is read": At("torch.load", 1),
-    "in a validation": At("train_gpt2.validation_loss", 2),
+    "before a validation": At("train_gpt2.validation_loss", 2),
     "between a validation and its line": At("train_gpt2.validation_loss", 2, after=True),
     "before an old one is removed": AtFile("os.remove", "checkpoint_*.pt"),
+    "after it is removed": At("train_gpt2.draw_curves", 1),
     "half-way through the next": At("torch.save", 2, spring=HALF_WAY),
 }
 
 
 def test_a_kill_at_each_point_of_a_checkpoint_s_life(here):
-    run = [*OFTEN, "--max_steps=60"]
-    run_to_end(*run, "--log_dir=whole")
+    run = OFTEN + ["--max_steps=60"]
+    run_to_end(run + ["--log_dir=whole"])
     for where, trap in POINTS.items():
-        code, output = Run(*run, prepare=[trap]).end()
+        code, output = Run(run, prepare=[trap]).end()
         assert code in (-signal.SIGKILL, -signal.SIGXFSZ), (where, code, output)
         assert "error" not in output, (where, output)
         for path in Path("log").glob("checkpoint_*.pt"):
             load(path)
-    run_to_end(*run)
+    run_to_end(run)
     assert_same_run("whole", "log")
     assert checkpoints("log") == ["checkpoint_00056.pt", "checkpoint_00060.pt"]
 
 
 def test_a_kill_in_the_last_validation_leaves_the_last_checkpoint(here):
-    run = [*RUN, "--val_every=20", "--val_tokens=100", "--checkpoint_every=20"]
-    run_to_end(*run, "--log_dir=whole")
+    run = RUN + ["--val_every=20", "--val_tokens=100", "--checkpoint_every=20"]
+    run_to_end(run + ["--log_dir=whole"])
     trap = At("train_gpt2.validation_loss", 2)
-    run_to_end(*run, prepare=[trap], code=-signal.SIGKILL)
+    run_to_end(run, prepare=[trap], code=-signal.SIGKILL)
     assert load("log/checkpoint_00020.pt")["step"] == 20
-    # There is no step left, but the validation is made up for.
-    output = run_to_end(*run)
+    # No step is left to do, but the validation is.
+    output = run_to_end(run)
     assert "| loss" not in output, output
-    assert "step    20/20 | val loss" in output, output
+    assert "val loss" in output, output
     assert_same_run("whole", "log")
 
 
 def test_what_a_killed_save_leaves_behind_is_removed_by_the_next(here):
     """A batch system sends SIGTERM, and SIGKILL when the save that it asked for takes too long."""
-    run = [*RUN, "--checkpoint_every=20"]
+    run = RUN + ["--checkpoint_every=20"]
     for step in 3, 5:
         sigterm = At("train_gpt2.get_lr", step, spring=partial(get_signal, signal.SIGTERM))
         prepare = [sigterm, At("torch.save", 1, spring=HALF_WAY)]
-        run_to_end(*run, prepare=prepare, code=-signal.SIGXFSZ)
-    run_to_end(*run)
+        run_to_end(run, prepare=prepare, code=-signal.SIGXFSZ)
+    run_to_end(run)
     assert checkpoints("log") == ["checkpoint_00020.pt"]
 
 
@@ -174,7 +176,7 @@ def test_kills_while_the_demo_s_data_are_written_leave_whole_data_or_none(here):
     (here / "stdlib").mkdir()
     for i in range(120):
         (here / f"stdlib/module_{i:03d}.py").write_text(f"x = {i}\n" * 50)
-    run = [*TINY, "--max_steps=2", "--log_dir=log"]
+    run = TINY + ["--max_steps=2", "--log_dir=log"]
     library = partial(processes.use_library, "stdlib")
     data = here / "python_stdlib"
     for trap in (
@@ -183,21 +185,21 @@ def test_kills_while_the_demo_s_data_are_written_leave_whole_data_or_none(here):
         AtFile("os.rename", "manifest.json"),
         AtFile("os.rename", "python_stdlib"),
     ):
-        run_to_end(*run, prepare=[library, trap], code=-signal.SIGKILL)
+        run_to_end(run, prepare=[library, trap], code=-signal.SIGKILL)
         assert not data.exists(), trap
     # Nothing is to be saved yet, so a signal ends it at once.
     for signum, code in (signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM):
         trap = At("os.fsync", 2, spring=partial(get_signal, signum))
-        run_to_end(*run, prepare=[library, trap], code=code)
+        run_to_end(run, prepare=[library, trap], code=code)
         assert not data.exists(), signum
 
     trap = At("fineweb.write_demo_data", 1, after=True)
-    run_to_end(*run, prepare=[library, trap], code=-signal.SIGKILL)
+    run_to_end(run, prepare=[library, trap], code=-signal.SIGKILL)
     whole = {path.name: path.read_bytes() for path in data.iterdir()}
     assert sorted(whole) == ["manifest.json", "python_train_000001.npy", "python_val_000000.npy"]
-    run_to_end(*run, prepare=[library])
+    run_to_end(run, prepare=[library])
     shutil.rmtree(data)
-    run_to_end(*run, "--log_dir=again", prepare=[library])
+    run_to_end(run + ["--log_dir=again"], prepare=[library])
     assert whole == {path.name: path.read_bytes() for path in data.iterdir()}
 
 
@@ -206,10 +208,10 @@ def test_kills_while_the_demo_s_data_are_written_leave_whole_data_or_none(here):
 
 
 def test_a_signal_does_not_wait_for_the_end_of_a_long_validation(here):
-    run = [*RUN, "--val_every=10", "--checkpoint_every=20", "--micro_batch_size=1"]
-    run_to_end(*run, "--log_dir=whole")
+    run = RUN + ["--val_every=10", "--checkpoint_every=20", "--micro_batch_size=1"]
+    run_to_end(run + ["--log_dir=whole"])
     trap = At("train_gpt2.validation_loss", 2, spring=processes.slow_down_batches)
-    process = Run(*run, prepare=[trap])
+    process = Run(run, prepare=[trap])
     assert process.wait_for("a batch")  # of 12
     process.send(signal.SIGTERM)
     code, output = process.end()
@@ -218,12 +220,26 @@ def test_a_signal_does_not_wait_for_the_end_of_a_long_validation(here):
     assert output.count("a batch") < 10, output
     # What it had of the loss is not that of the validation data.
     assert list(read_log("log")["val"]) == [0]
-    run_to_end(*run)
+    run_to_end(run)
     assert_same_run("whole", "log")
 
 
+def test_a_signal_in_hellaswag_ends_it_and_saves_the_step(here):
+    write_shards(here / "gpt2", encoding="gpt2")
+    question = dict(ctx="The sky is", endings=["blue", "red", "green", "loud"], label=0, ind=0)
+    (here / "hellaswag").mkdir()
+    (here / "hellaswag/hellaswag_val.jsonl").write_text(json.dumps(question) + "\n")
+    stop = At("hellaswag.count_hits", 2, spring=partial(get_signal, signal.SIGTERM))
+    run = RUN + ["--data=gpt2", "--hellaswag_every=10", "--checkpoint_every=20"]
+    run_to_end(run, prepare=[stop], code=128 + signal.SIGTERM)
+    assert list(read_log("log")["hella"]) == [0]
+    assert checkpoints("log") == ["checkpoint_00010.pt"]
+    run_to_end(run)
+    assert list(read_log("log")["hella"]) == [0, 10, 20]
+
+
 def test_a_second_ctrl_c_stops_at_once(here):
-    process = Run(*RUN, prepare=[At("train_gpt2.get_lr", 8, spring=partial(wait, 200))])
+    process = Run(RUN, prepare=[At("train_gpt2.get_lr", 8, spring=partial(wait, 200))])
     assert process.wait_for("waiting")
     process.send(signal.SIGINT)
     time.sleep(0.3)
@@ -251,8 +267,8 @@ def test_a_notebook_lives_on_after_a_second_ctrl_c(here, monkeypatch):
 
 def test_more_sigterms_change_nothing(here):
     """Batch systems send one to the whole group, and torchrun forwards its own."""
-    run = [*RUN, "--checkpoint_every=20"]
-    process = Run(*run, prepare=[At("train_gpt2.get_lr", 8, spring=partial(wait, 1))])
+    run = RUN + ["--checkpoint_every=20"]
+    process = Run(run, prepare=[At("train_gpt2.get_lr", 8, spring=partial(wait, 1))])
     assert process.wait_for("waiting")
     for _ in range(3):
         process.send(signal.SIGTERM)
@@ -261,7 +277,7 @@ def test_more_sigterms_change_nothing(here):
     assert code == 128 + signal.SIGTERM, output
     assert "stopped after 8 steps" in output, output
     assert checkpoints("log") == ["checkpoint_00008.pt"]
-    assert "resuming log after 8 steps" in run_to_end(*run)
+    assert "resuming log after 8 steps" in run_to_end(run)
     assert list(read_log("log")["train"]) == list(range(20))
 
 
@@ -276,25 +292,24 @@ SCREENS = {
 @pytest.mark.parametrize("lose_screen, signum", SCREENS.values(), ids=SCREENS)
 def test_a_run_outlives_its_screen(here, lose_screen, signum):
     """What can't be printed is in the log, what was done is saved, and the exit code is the
-    signal's, never Python's own 1 or 120. SIGHUP, which a dropped connection sends, counts as
-    SIGTERM does."""
+    signal's, never Python's own 1 or 120. SIGHUP, which a lost connection sends, counts as SIGTERM
+    does."""
     stop = At("torch.optim.AdamW.step", 7, spring=partial(get_signal, signum))
-    run_to_end(
-        *RUN, "--checkpoint_every=20", prepare=[lose_screen, stop], script=True, code=128 + signum
-    )
+    prepare = [lose_screen, stop]
+    run_to_end(RUN + ["--checkpoint_every=20"], prepare=prepare, script=True, code=128 + signum)
     assert list(read_log("log")["train"]) == list(range(7))
     assert load("log/checkpoint_00007.pt")["step"] == 7
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
 def test_an_error_that_can_t_be_printed_is_in_the_exit_code(here):
-    run_to_end(*RUN, "--n_head=3", prepare=[processes.fill_disk], script=True, code=1)
+    run_to_end(RUN + ["--n_head=3"], prepare=[processes.fill_disk], script=True, code=1)
 
 
 def test_under_nohup_a_run_goes_on_when_the_connection_is_lost(here):
     stop = At("torch.optim.AdamW.step", 7, spring=partial(get_signal, signal.SIGHUP))
     prepare = [processes.ignore_hangups, stop]
-    run_to_end(*RUN, "--checkpoint_every=20", prepare=prepare, script=True)
+    run_to_end(RUN + ["--checkpoint_every=20"], prepare=prepare, script=True)
     assert checkpoints("log") == ["checkpoint_00020.pt"]
 
 
@@ -302,63 +317,74 @@ def test_under_nohup_a_run_goes_on_when_the_connection_is_lost(here):
 # What the world does
 
 
-FULL_DISKS = {
-    # the largest size of a file, at which step, and what can't be written
-    "at a checkpoint": (30_000, 10, "checkpoint_00010.pt can't be written"),
-    "at a line of the log": (100, 4, "log.txt can't be written"),
-}
+# How large a file can grow, and what can't be written then
+FULL_DISKS = [
+    (200_000, "checkpoint_00010.pt can't be written"),
+    (100, "log.txt can't be written"),
+]
 
 
 def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stands(here):
-    run = [*RUN, "--checkpoint_every=5"]
-    run_to_end(*run, "--log_dir=whole")
-    for size, call, what in FULL_DISKS.values():
-        trap = At("train_gpt2.get_lr", call, spring=partial(processes.limit_file_size, size))
-        output = run_to_end(*run, prepare=[trap], code=1)
+    run = RUN + ["--checkpoint_every=5"]
+    run_to_end(run + ["--log_dir=whole"])
+    for size, what in FULL_DISKS:
+        step_8 = At("train_gpt2.get_lr", 8, spring=partial(processes.limit_file_size, size))
+        output = run_to_end(run, prepare=[step_8], code=1)
         assert_one_error(output, what, "goes on from")
         assert checkpoints("log") == ["checkpoint_00005.pt"]
         load("log/checkpoint_00005.pt")
         assert len(read_log("log")["train"]) >= 5
-    run_to_end(*run)
+    run_to_end(run)
     assert_same_run("whole", "log")
 
 
 def test_a_full_disk_before_there_are_data_is_one_line(here):
-    prepare = [partial(processes.limit_file_size, 9000)]
-    output = run_to_end(*TINY, "--log_dir=log", prepare=prepare, code=1)
+    full = partial(processes.limit_file_size, 9000)
+    output = run_to_end(TINY + ["--log_dir=log"], prepare=[full], code=1)
     assert_one_error(output, "python_stdlib")
     assert [path.name for path in here.iterdir()] == ["data"]
 
 
+def test_curves_that_a_full_disk_has_no_room_for_end_no_run(here):
+    full = partial(fail, OSError(28, "No space left on device"))
+    trap = At("matplotlib.figure.Figure.savefig", 1, spring=full)
+    output = run_to_end(RUN + ["--checkpoint_every=10"], prepare=[trap], script=True)
+    assert "No space left on device" in output, output
+    assert "Traceback" not in output, output
+    assert checkpoints("log") == ["checkpoint_00010.pt", "checkpoint_00020.pt"]
+
+
 def test_a_log_folder_that_is_lost_is_one_line(here):
-    run = [*RUN, "--checkpoint_every=5"]
-    run_to_end(*run, "--log_dir=whole")
+    run = RUN + ["--checkpoint_every=5"]
+    run_to_end(run + ["--log_dir=whole"])
     lose = partial(processes.rename, "log", "elsewhere")
-    output = run_to_end(*run, prepare=[At("train_gpt2.get_lr", 8, spring=lose)], code=1)
+    output = run_to_end(run, prepare=[At("train_gpt2.get_lr", 8, spring=lose)], code=1)
     assert_one_error(output, "checkpoint_00010.pt can't be written")
     os.rename("elsewhere", "log")
-    run_to_end(*run)
+    run_to_end(run)
     assert_same_run("whole", "log")
 
 
 def test_an_old_checkpoint_that_can_t_be_removed_is_one_line_and_the_run_goes_on(here):
-    """As where it belongs to somebody else, or was made immutable."""
+    """It may belong to somebody else, or be immutable."""
     denied = partial(fail, PermissionError(1, "Operation not permitted"))
     trap = AtFile("os.remove", "checkpoint_00005.pt", spring=denied)
-    output = run_to_end(*RUN, "--checkpoint_every=5", prepare=[trap])
-    assert "checkpoint_00005.pt can't be removed (Operation not permitted)" in output, output
-    names = ["checkpoint_00005.pt", "checkpoint_00015.pt", "checkpoint_00020.pt"]
-    assert checkpoints("log") == names
+    output = run_to_end(RUN + ["--checkpoint_every=5"], prepare=[trap])
+    lines = [line for line in output.splitlines() if "Operation not permitted" in line]
+    assert len(lines) == 2, output  # at steps 15 and 20
+    assert "checkpoint_00005.pt can't be removed" in lines[0], output
+    left = ["checkpoint_00005.pt", "checkpoint_00015.pt", "checkpoint_00020.pt"]
+    assert checkpoints("log") == left
 
 
 def test_a_second_run_in_the_same_log_folder_refuses_and_a_killed_one_leaves_no_lock(here):
-    run = [*RUN, "--checkpoint_every=5"]
-    first = Run(*run, prepare=[At("train_gpt2.get_lr", 14, spring=partial(wait, 200))])
+    run = RUN + ["--checkpoint_every=5"]
+    first = Run(run, prepare=[At("train_gpt2.get_lr", 14, spring=partial(wait, 200))])
     assert first.wait_for("waiting")
     before = {path: path.read_bytes() for path in Path("log").iterdir()}
-    assert_one_error(run_to_end(*run, code=1), "--log_dir log is in use by another run")
+    assert_one_error(run_to_end(run, code=1), "--log_dir log is in use by another run")
     assert before == {path: path.read_bytes() for path in Path("log").iterdir()}
-    second = Run(*run)  # starts while the first is about to die
+    second = Run(run)  # starts while the first is about to die
     first.send(signal.SIGKILL)
     assert first.end()[0] == -signal.SIGKILL
     code, output = second.end()
@@ -371,8 +397,8 @@ def test_a_second_run_in_the_same_log_folder_refuses_and_a_killed_one_leaves_no_
 )
 def test_broken_weights_are_not_saved(here, step, error):
     """A step's loss is that of the weights before it."""
-    broken = At("torch.optim.AdamW.step", step, after=True, spring=processes.break_weights)
-    output = run_to_end(*RUN, "--checkpoint_every=5", prepare=[broken], code=1)
+    broken = At("torch.optim.AdamW.step", step, after=True, spring=break_weights)
+    output = run_to_end(RUN + ["--checkpoint_every=5"], prepare=[broken], code=1)
     assert_one_error(output, error)
     assert checkpoints("log") == ["checkpoint_00005.pt"]
 
@@ -382,8 +408,8 @@ def test_broken_weights_are_not_saved(here, step, error):
 
 
 def test_torchrun_brings_killed_workers_back_and_they_end_like_untouched_ones(here):
-    run = [*OFTEN, "--max_steps=200"]
-    run_to_end(*run, "--log_dir=whole", torchrun=TWO_PROCESSES)
+    run = OFTEN + ["--max_steps=200"]
+    run_to_end(run + ["--log_dir=whole"], torchrun=TWO_PROCESSES)
     kills = [
         At("train_gpt2.GPT2.forward", 25, rank=1, restart=0),
         At("torch.save", 2, rank=0, restart=1),
@@ -391,53 +417,43 @@ def test_torchrun_brings_killed_workers_back_and_they_end_like_untouched_ones(he
         At("os.fsync", 4, rank=0, restart=3),
         At("train_gpt2.DataLoaderLite.batch", 40, rank=1, restart=4),
     ]
-    now = At("train_gpt2.get_lr", 10, rank=0, restart=len(kills), spring=partial(wait, 0))
-    restarts = f"--max_restarts={len(kills)}"
     # Restarted workers may read the addresses of those before them (pytorch/pytorch#135712).
     env = dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    process = Run(*run, prepare=[*kills, now], torchrun=[*TWO_PROCESSES, restarts], env=env)
-    assert process.wait_for("waiting")
-    process.send(signal.SIGTERM)  # torchrun passes it on
-    code, output = process.end()
+    last = len(kills)
+    options = TWO_PROCESSES + [f"--max_restarts={last}"]
+    say_so = At("train_gpt2.get_lr", 10, rank=0, restart=last, spring=partial(wait, 0))
+    job = Run(run, prepare=kills + [say_so], torchrun=options, env=env)
+    assert job.wait_for("waiting")
+    job.send(signal.SIGTERM)  # which torchrun passes on
+    output = job.end()[1]
     assert "stopped after" in output, output
 
-    process = Run(
-        *run,
-        prepare=[At("train_gpt2.get_lr", 10, rank=0, spring=partial(wait, 0))],
-        torchrun=TWO_PROCESSES,
-    )
-    assert process.wait_for("waiting")
-    process.send(signal.SIGINT)
-    code, output = process.end()
+    say_so = At("train_gpt2.get_lr", 10, rank=0, spring=partial(wait, 0))
+    job = Run(run, prepare=[say_so], torchrun=TWO_PROCESSES)
+    assert job.wait_for("waiting")
+    job.send(signal.SIGINT)
+    output = job.end()[1]
     assert "stopped after" in output, output
-    run_to_end(*run, torchrun=TWO_PROCESSES)
+    run_to_end(run, torchrun=TWO_PROCESSES)
     assert_same_run("whole", "log")
 
 
+# What befalls a rank, and what is then to be the last thing on the screen
+BUG = partial(fail, KeyError("a bug"))
+BAD_DATA = partial(fail, SystemExit("error: bad data"))
+FULL_DISK = partial(fail, OSError(28, "No space left on device"))
 TROUBLES = {
-    "a bug": (
-        At("train_gpt2.get_lr", 9, rank=1, spring=partial(fail, KeyError("a bug"))),
-        "KeyError: 'a bug'",
-    ),
+    "a bug": (At("train_gpt2.get_lr", 9, rank=1, spring=BUG), "KeyError: 'a bug'"),
     "bad data": (
-        At(
-            "train_gpt2.DataLoaderLite.window",
-            30,
-            rank=1,
-            spring=partial(fail, SystemExit("error: bad data")),
-        ),
-        "bad data",
+        At("train_gpt2.DataLoaderLite.window", 30, rank=1, spring=BAD_DATA),
+        "error: bad data",
     ),
     "a full disk": (
-        AtFile(
-            "os.rename",
-            "checkpoint_*.pt",
-            spring=partial(fail, OSError(28, "No space left on device")),
-        ),
-        "can't be written",
+        AtFile("os.rename", "checkpoint_*.pt", rank=0, spring=FULL_DISK),
+        "No space left on device",
     ),
     "not a number": (
-        At("torch.optim.AdamW.step", 7, rank=1, after=True, spring=processes.break_weights),
+        At("torch.optim.AdamW.step", 7, rank=1, after=True, spring=break_weights),
         "step 7 has loss nan",
     ),
 }
@@ -446,7 +462,7 @@ TROUBLES = {
 @pytest.mark.parametrize("trap, cause", TROUBLES.values(), ids=TROUBLES)
 def test_a_rank_that_fails_ends_the_job_with_the_cause_last_on_the_screen(here, trap, cause):
     start = time.monotonic()
-    process = Run(*RUN, "--checkpoint_every=5", prepare=[trap], torchrun=TWO_PROCESSES)
+    process = Run(RUN + ["--checkpoint_every=5"], prepare=[trap], torchrun=TWO_PROCESSES)
     code, output = process.end()
     assert code == 1, output
     assert time.monotonic() - start < 120
@@ -455,14 +471,14 @@ def test_a_rank_that_fails_ends_the_job_with_the_cause_last_on_the_screen(here, 
 
 
 def test_a_run_goes_on_with_more_processes_and_another_micro_batch(here):
-    run_to_end(*RUN, "--log_dir=whole")
-    parts = [*RUN, "--checkpoint_every=7", "--keep_checkpoints=0"]
-    run_to_end(*parts)
+    run_to_end(RUN + ["--log_dir=whole"])
+    parts = RUN + ["--checkpoint_every=7", "--keep_checkpoints=0"]
+    run_to_end(parts)
     os.remove("log/checkpoint_00014.pt")
     os.remove("log/checkpoint_00020.pt")
-    run_to_end(*parts, "--micro_batch_size=2")
+    run_to_end(parts + ["--micro_batch_size=2"])
     os.remove("log/checkpoint_00020.pt")
-    run_to_end(*parts, torchrun=TWO_PROCESSES)
+    run_to_end(parts, torchrun=TWO_PROCESSES)
     whole = read_log("whole")
     mixed = read_log("log")
     assert list(mixed["train"]) == list(range(20))
