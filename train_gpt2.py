@@ -1208,14 +1208,17 @@ def draw_curves(cfg):
         if curves[stream]:
             steps, values = np.array(curves[stream]).T
             axes.plot(steps, values, color="C0", alpha=0.3)
-            window = math.ceil(len(values) / 50)
+            # The running mean over a hundredth of the run. A few slow steps would spoil the mean of
+            # the throughput, so its median is drawn.
+            window = math.ceil(len(values) / 100)
             trend = np.convolve(values, np.full(window, 1 / window), mode="valid")
             if stream == "tps":
                 trend = np.full_like(trend, np.median(values))
-            axes.plot(steps[window - 1 :], trend, label=f"{stream}: {trend[-1]:,.5g}")
+            middle = steps[window // 2 :][: len(trend)]
+            axes.plot(middle, trend, color="C0", label=f"{stream}: {trend[-1]:,.4g}")
         if stream == "train" and curves["val"]:
             steps, values = np.array(curves["val"]).T
-            axes.plot(steps, values, "o-", label=f"val: {values[-1]:.5g}")
+            axes.plot(steps, values, "o-", color="C1", label=f"val: {values[-1]:.5g}")
         # A loss can only be compared with one on the same data.
         if stream in published and (stream == "hella" or Path(cfg.data) == FINEWEB_DATA):
             label = f"published: {published[stream]}"
@@ -1295,8 +1298,8 @@ def join_processes(device):
     address = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
     if not 0 <= RANK < WORLD_SIZE or (WORLD_SIZE > 1 and not address):
         raise SystemExit(
-            "error: of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, some are set and others missing "
-            "or wrong; start with torchrun, which sets them all, or unset them"
+            "error: of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, some are set and others "
+            "missing or wrong; start with torchrun, which sets them all, or unset them"
         )
     if WORLD_SIZE > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
