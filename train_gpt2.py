@@ -52,7 +52,7 @@ DEMO_DATA = Path("python_stdlib")
 HELLASWAG_FILE = Path("hellaswag/hellaswag_val.jsonl")
 
 
-def say(message: str):
+def say(message):
     """Print a line on rank 0. A closed pipe or a full disk must not end a run, so what can't be
     printed is dropped."""
     if RANK == 0:
@@ -107,7 +107,7 @@ class GPT2Config:
     )
 
     @property
-    def padded_vocab_size(self) -> int:
+    def padded_vocab_size(self):
         if not self.pad_vocab:
             return self.vocab_size
         return math.ceil(self.vocab_size / 128) * 128
@@ -347,14 +347,13 @@ def check_config(cfg):
         raise SystemExit(f"error: --min_lr {cfg.min_lr} exceeds --max_lr {cfg.max_lr}")
 
 
-def describe_settings(cfg):
-    """The settings that differ from the defaults, one a line."""
-    lines = ["settings, where they differ from the defaults:"]
+def print_settings(cfg):
+    """Print the settings that differ from the defaults, one a line."""
+    say("settings, where they differ from the defaults:")
     for f in fields(cfg):
         value = getattr(cfg, f.name)
         if value != f.default:
-            lines.append(f"  {f.name:18} {value}")
-    return "\n".join(lines)
+            say(f"  {f.name:18} {value}")
 
 
 # -----------------------------------------------------------------------------
@@ -594,8 +593,8 @@ class GPT2(nn.Module):
                     "to gpt2-xl, a model on the hub (`hf auth login` if it is private), or a folder"
                 ) from error
             sizes = theirs.config.to_dict()
-            published = transformers.GPT2Config().to_dict()
-            wrong = [name for name in VARIANTS if sizes[name] != published[name]]
+            changed = theirs.config.to_diff_dict()
+            wrong = [name for name in VARIANTS if name in changed]
             if sizes["n_inner"] not in (None, 4 * sizes["n_embd"]):
                 wrong.append("n_inner")
             # transformers ignores weights it does not know, and fills in missing ones at random.
@@ -825,14 +824,11 @@ class DataLoaderLite:
         rows = np.stack([self.window(first + b) for b in range(self.B)])
         tokens = torch.from_numpy(rows.astype(np.int64))  # (B, T + 1)
         # At each position the model predicts the token that comes next.
-        return torch.stack((tokens[:, :-1], tokens[:, 1:]))
-
-
-def to_device(batch, device):
-    """Copy a batch to the device. A GPU copies from pinned memory while the CPU goes on."""
-    if device.type == "cuda":
-        batch = batch.pin_memory()
-    return batch.to(device, non_blocking=True)
+        batch = torch.stack((tokens[:, :-1], tokens[:, 1:]))
+        # A GPU copies from pinned memory by itself, while the CPU goes on.
+        if self.cfg.device.startswith("cuda"):
+            batch = batch.pin_memory()
+        return batch.to(self.cfg.device, non_blocking=True)
 
 
 # -----------------------------------------------------------------------------
@@ -861,11 +857,10 @@ def validation_loss(model, loader, val_tokens, device, progress=iter):
         first = (i * loader.world_size + loader.rank) * loader.B
         count = min(loader.B, num_windows - first)
         if count > 0:
-            batch = loader.batch(i)
+            x, y = loader.batch(i)
             # The last batch may hold more windows than are wanted. They stay in it, so that
             # compiled code sees one shape only, but their targets are ignored.
-            batch[1, count:] = -100
-            x, y = to_device(batch, device)
+            y[count:] = -100
             total += model(x, y) * count
     return sum(gather_from_ranks(total.item())) / num_windows
 
@@ -1104,10 +1099,8 @@ class Logger:
         self.peak_flops = peak_flops(cfg)
         self.recent_seconds = collections.deque(maxlen=50)
         self.path = Path(cfg.log_dir, "log.txt")
-        self.file = None
         if RANK == 0:
             self.drop_lines(first_step)
-            self.file = open(self.path, "a", buffering=1)
 
     def drop_lines(self, first_step):
         if not self.path.exists():
@@ -1125,11 +1118,12 @@ class Logger:
 
     def write(self, step, **figures):
         """Add figures to log.txt."""
-        if self.file is None:
+        if RANK != 0:
             return
         lines = [f"{step} {stream} {value:.8g}\n" for stream, value in figures.items()]
         try:
-            self.file.write("".join(lines))
+            with open(self.path, "a") as file:
+                file.write("".join(lines))
         except OSError as error:
             raise SystemExit(
                 f"error: {self.path} can't be written ({error.strerror}); make room, and the same "
@@ -1155,15 +1149,10 @@ class Logger:
 
     def draw_curves(self):
         try:
-            if self.file:
+            if RANK == 0:
                 draw_curves(self.cfg)
         except (ImportError, OSError) as error:  # no matplotlib, or a full disk
             say(f"curves.png can't be drawn ({first_line(error)})")
-
-    def close(self):
-        if self.file:
-            with contextlib.suppress(OSError):  # a full disk, which has been reported
-                self.file.close()
 
 
 def duration(seconds):
@@ -1278,12 +1267,12 @@ def choose_device(name):
     """The named device, or the fastest one. Raises SystemExit if it is not available."""
     found = ["cpu"]
     if torch.backends.mps.is_available() and WORLD_SIZE == 1:
-        found.insert(0, "mps")
-    for i in reversed(range(torch.cuda.device_count())):
+        found.append("mps")
+    for i in range(torch.cuda.device_count()):
         if WORLD_SIZE == 1 or i == LOCAL_RANK:  # each rank has a GPU of its own
-            found.insert(0, f"cuda:{i}")
+            found.append(f"cuda:{i}")
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else found[0]
+        name = "cuda" if torch.cuda.is_available() else found[-1]
     if name == "cuda":
         name = f"cuda:{LOCAL_RANK}"
     if name not in found:
@@ -1483,7 +1472,7 @@ def is_due(step, every, max_steps):
     return every > 0 and (step % every == 0 or step == max_steps)
 
 
-def train(cfg, checkpoint=None, pretrained=None):
+def train(cfg, checkpoint, pretrained):
     """Train with what resolve_config() returns. Returns the exit code: 0, or 128 + the signal."""
     device = torch.device(cfg.device)
     autocast = set_precision(device, cfg.dtype)
@@ -1515,8 +1504,8 @@ def train(cfg, checkpoint=None, pretrained=None):
 
     # Do all ranks see the same run, and does the checkpoint belong to it?
     identity = run_identity(cfg, [train_loader, val_loader])
-    first_step = checkpoint["step"] if checkpoint else 0
-    seen = gather_from_ranks((identity, first_step, len(questions)))
+    step = checkpoint["step"] if checkpoint else 0
+    seen = gather_from_ranks((identity, step, len(questions)))
     if seen.count(seen[0]) < WORLD_SIZE:
         raise SystemExit(
             "error: the processes do not see the same data, checkpoints and HellaSwag questions; "
@@ -1550,22 +1539,18 @@ def train(cfg, checkpoint=None, pretrained=None):
     B = cfg.micro_batch_size
     T = cfg.sequence_length
     grad_accum_steps = cfg.total_batch_size // (B * T * WORLD_SIZE)
-    say(describe_settings(cfg))
+    print_settings(cfg)
     say(
         f"{model.num_params():,} parameters; a step is {B} sequences × {T} tokens "
         f"× {grad_accum_steps} micro-steps × {WORLD_SIZE} processes"
     )
     say(f"a uniform guess has a loss of ln {cfg.vocab_size:,} = {math.log(cfg.vocab_size):.4f}")
 
-    step = first_step
-    saved_step = first_step
+    saved_step = step
     stopping = False  # whether a signal has reached any rank
-    x, y = to_device(train_loader.batch(step * grad_accum_steps), device)
-    with (
-        lock_log_dir(Path(cfg.log_dir)),
-        contextlib.closing(Logger(cfg, step, model.flops_per_token(T))) as logger,
-        StopSignal() as stop,
-    ):
+    x, y = train_loader.batch(step * grad_accum_steps)
+    with lock_log_dir(Path(cfg.log_dir)), StopSignal() as stop:
+        logger = Logger(cfg, step, model.flops_per_token(T))
         while True:
             # Once in a while, and when the run has to stop: save a checkpoint (rank 0). It comes
             # before the evaluations, so that the weights are safe whatever goes wrong in them.
@@ -1634,8 +1619,7 @@ def train(cfg, checkpoint=None, pretrained=None):
                 scaler.scale(loss).backward()
                 train_loss += loss.detach()
                 # Fetch the next batch now, while the GPU is still busy with this one.
-                next_batch = train_loader.batch(step * grad_accum_steps + micro_step + 1)
-                x, y = to_device(next_batch, device)
+                x, y = train_loader.batch(step * grad_accum_steps + micro_step + 1)
             # Now and then a batch of odd text has a gradient many times larger than usual.
             # Limiting its norm keeps it from throwing the weights off course.
             scaler.unscale_(optimizer)
@@ -1654,8 +1638,8 @@ def train(cfg, checkpoint=None, pretrained=None):
             stopping = signals > 0
             seconds = time.perf_counter() - started
             # In fp16 gradients may overflow. Then the scaler skips the step and lowers its scale.
-            overflow = not math.isfinite(grad_norm) and scaler.get_scale() > 1
-            if not math.isfinite(mean_loss) or not (math.isfinite(grad_norm) or overflow):
+            may_overflow = scaler.get_scale() > 1
+            if not math.isfinite(mean_loss) or not (math.isfinite(grad_norm) or may_overflow):
                 raise SystemExit(
                     f"error: step {step} has loss {mean_loss} and gradient norm {grad_norm}; "
                     "lower --max_lr, or try --dtype fp32; the newest checkpoint is older"
@@ -1739,7 +1723,7 @@ def main(argv=None):
             time.sleep(5)  # rank 0 may report the same, and torchrun end all
             message += f" (rank {RANK})"
         get_error_handler().record_exception(error)  # for the end of torchrun's report
-        with contextlib.suppress(OSError, AttributeError):
+        with contextlib.suppress(OSError):
             print(message, file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
