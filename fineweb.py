@@ -57,23 +57,19 @@ DOWNLOADS = "downloads"  # the folder in --out where files of the hub lie while 
 # What is printed
 
 
-# What a closed pipe, a full disk or a terminal that is gone raise when one prints
-UNPRINTABLE = (OSError, ValueError, AttributeError)
-
-
 def say(message, stream=None):
     """Print a line to stdout, or to another stream, above the progress bar if there is one.
 
-    What can't be printed is lost, but never ends the work.
+    A closed pipe, a lost terminal or a full disk costs the line, but never the work.
     """
     stream = stream or sys.stdout
     try:
         tqdm.write(message, file=stream)
         stream.flush()
-    except UNPRINTABLE:
+    except (OSError, ValueError):
         # Python flushes its streams when it exits, which would fail once more, with a message and
         # an exit code of its own. So what is left goes nowhere.
-        with contextlib.suppress(*UNPRINTABLE):
+        with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -313,8 +309,9 @@ def walk(path, entered):
     if not path.is_dir():
         return [str(path)]
     found = []
-    if path.resolve() not in entered:
-        entered.add(path.resolve())
+    real_path = path.resolve()
+    if real_path not in entered:
+        entered.add(real_path)
         try:
             children = sorted(path.iterdir())
         except OSError as error:
@@ -390,15 +387,13 @@ def download(what, fetch, seconds=None):
     while True:
         try:
             return in_background(fetch).result(seconds)
-        except (TypeError, AttributeError, NameError):
-            raise  # This is no failure of the network, but a mistake in a program.
         except Exception as error:  # Lost connections come in a dozen types, Xet's as RuntimeError.
             # The clients raise their own exception from the one that says what happened.
             cause = error.__cause__ or error
             reason = f"{type(cause).__name__}: {shorten(str(cause), 300)}"
             status = getattr(getattr(cause, "response", None), "status_code", None)
-            kinds = {type(error).__name__, type(cause).__name__}
-            is_final = status in (401, 404) or isinstance(cause, ValueError) or kinds & FINAL
+            is_final = status in (401, 404) or isinstance(cause, ValueError)
+            is_final = is_final or FINAL & {type(error).__name__, type(cause).__name__}
             deadline = deadline or time.monotonic() + 180
             if is_final or time.monotonic() > deadline:
                 raise SystemExit(
@@ -544,7 +539,7 @@ def write_file(path, content):
     """Write a file that appears whole or not at all. Raises SystemExit where that fails."""
     unfinished = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(path.parent, exist_ok=True)
         with open(unfinished, "wb") as file:
             file.write(content)
             file.flush()
@@ -612,7 +607,7 @@ def read_manifest(out, new):
         if file.suffix in (".npy", ".bin") and file.name not in names:
             raise SystemExit(f"error: {out} holds other shards ({file.name}); {advice}")
     if not manifest["shards"]:
-        return new
+        return new or manifest
     for key in "source", "encoding", "shard_size":
         was = manifest.get(key)
         if new and was != new.get(key):
@@ -623,7 +618,7 @@ def read_manifest(out, new):
     for shard in manifest["shards"]:
         path = out / shard["name"]
         # It is longer if a run was killed before it noted that the last shard has grown.
-        if not path.exists() or path.stat().st_size < 2 * shard["tokens"] + 128:
+        if not path.exists() or path.stat().st_size < 2 * shard["tokens"]:
             raise SystemExit(f"error: {path} is gone or too short; put it back, or remove {out}")
     return manifest
 
@@ -633,7 +628,7 @@ def locked(out):
     """Keep other runs from writing into a folder. Raises SystemExit where another is at work."""
     lock = filelock.FileLock(out / ".lock")
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        os.makedirs(out, exist_ok=True)
         lock.acquire(timeout=1)
     except filelock.Timeout as error:
         raise SystemExit(
@@ -701,10 +696,9 @@ def prepare(args):
             # --max_tokens had cut this shard short.
             last = shards.pop()
             start = np.load(out / last["name"])[: last["tokens"]]
-    downloads = out / DOWNLOADS
     paths = files[first_file:]
     if not is_local:
-        paths = fetch_files(args.dataset, manifest["commit"], paths, downloads)
+        paths = fetch_files(args.dataset, manifest["commit"], paths, out / DOWNLOADS)
     # The files of the hub are taken to be equal in size, as they are in most data sets.
     sizes = [os.path.getsize(path) + 1 if is_local else 1 for path in files]
 
@@ -721,10 +715,8 @@ def prepare(args):
                 if not shards:
                     manifest["val_files"] = place["file"] + 1
                     write_manifest(out, manifest)  # No shard is ever without a manifest.
-                path = out / shard_name("text", len(shards))
-                shards.append(write_shard(path, tokens))
+                shards.append(write_shard(out / shard_name("text", len(shards)), tokens))
                 shards[-1]["documents"] = int(np.count_nonzero(tokens == encoding.eot_token))
-                say(f"{path}: {len(tokens):,} tokens")
             if not shards:
                 skipped = f"{manifest['skipped']:,} rows without text were skipped"
                 raise SystemExit(f"error: there is no text in the source ({skipped}); name another")
@@ -734,7 +726,8 @@ def prepare(args):
             write_manifest(out, manifest)
             if not is_local:
                 for name in files[: place["file"]]:
-                    (downloads / name).unlink(missing_ok=True)
+                    (out / DOWNLOADS / name).unlink(missing_ok=True)
+            say(f"{out / shards[-1]['name']}: {shards[-1]['tokens']:,} tokens")
     finally:
         bar.close()
         pool.shutdown(cancel_futures=True)
@@ -765,18 +758,17 @@ def finish(out, manifest):
         )
     documents = sum(shard["documents"] for shard in shards)
     say(
-        f"{out}: {manifest['skipped']:,} rows without text were skipped, {manifest['broken']:,} "
-        "broken characters were replaced by U+FFFD"
+        f"{out}: {len(shards)} shards, {documents:,} documents, {tokens:,} tokens; "
+        f"{manifest['skipped']:,} rows without text were skipped, {manifest['broken']:,} broken "
+        "characters were replaced by U+FFFD"
     )
-    say(f"{out}: {len(shards)} shards, {documents:,} documents, {tokens:,} tokens")
 
 
 def verify(out):
     """Compare every shard with the manifest. Raises SystemExit where one is not as it says."""
-    manifest = read_manifest(out, None)
-    if not manifest:
+    if not (out / "manifest.json").exists():
         raise SystemExit(f"error: {out} has no manifest.json to check shards against; see --out")
-    shards = manifest["shards"]
+    shards = read_manifest(out, None)["shards"]
     for shard in shards:
         path = out / shard["name"]
         if describe_shard(path)["sha256"] != shard["sha256"]:
@@ -793,16 +785,16 @@ def fetch_published(repository, out, limit):
     shards = manifest["shards"]
     if not shards:
         info = download(repository, partial(HfApi().dataset_info, repository, timeout=10))
+        pattern = re.compile(r"(.*_)?(val|train)(_\d+)?\.(npy|bin)")
         names = sorted(file.rfilename for file in info.siblings)
-        pattern = r"(.*_)?{}(_\d+)?\.(npy|bin)"
-        val = [name for name in names if re.fullmatch(pattern.format("val"), name)]
-        train = [name for name in names if re.fullmatch(pattern.format("train"), name)]
-        if not val or not train:
+        names = [name for name in names if pattern.fullmatch(name)]
+        names.sort(key=lambda name: "val" not in name)  # val first
+        if len(names) < 2:
             raise SystemExit(
                 f"error: {repository} holds no val and train shards; name a repository with files "
                 "like NAME_train_000001.bin"
             )
-        manifest.update(commit=info.sha, published=val + train)
+        manifest.update(commit=info.sha, published=names)
         write_manifest(out, manifest)
     for name in manifest["published"][len(shards) :]:
         # There is always a shard to train on.
@@ -847,8 +839,10 @@ def write_demo_data(folder):
             path = unfinished / shard_name("python", number)
             shards.append(write_shard(path, np.concatenate(documents)))
         source = f"standard library of Python {sys.version.split()[0]}"
-        manifest = dict(encoding="bytes", vocab_size=257, source=source, finished=True)
-        write_manifest(unfinished, {**manifest, "shards": shards})
+        manifest = dict(
+            encoding="bytes", vocab_size=257, source=source, finished=True, shards=shards
+        )
+        write_manifest(unfinished, manifest)
         with contextlib.suppress(OSError):
             unfinished.rename(folder)
     finally:
@@ -880,7 +874,7 @@ def parse_args(argv):
     add = parser.add_argument
     add("--name", help=f"configuration of --dataset ({CONFIG} with the default one)")
     add("--text_column", default="text", help="column that holds the text of a row (%(default)s)")
-    add("--encoding", default="gpt2", choices=["gpt2", "bytes"], help="of text (%(default)s)")
+    add("--encoding", default="gpt2", help="gpt2, or bytes of UTF-8 (%(default)s)")
     add("--out", type=Path, default="edu_fineweb10B", help="folder of shards (%(default)s)")
     add("--shard_size", type=int, default=100_000_000, help="tokens a shard (%(default)s)")
     add(
@@ -926,9 +920,11 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if sys.stdout:
-        # A file's name may hold characters that the terminal does not know.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    # A stream that was closed with `>&-` is None.
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    # A file's name may hold characters that the terminal does not know.
+    sys.stdout.reconfigure(errors="backslashreplace")
     for signum in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # not on Windows
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup has it ignored.
             # An exception, unlike the default, has the program clean up before it ends.

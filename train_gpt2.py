@@ -973,10 +973,13 @@ def save_checkpoint(cfg, step, model, optimizer, scaler, identity):
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except (OSError, RuntimeError) as error:  # PyTorch turns a full disk into a RuntimeError
-        partial.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        # PyTorch turns a full disk into a RuntimeError that does not say so.
+        cause = error.__context__ or error
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise SystemExit(
-            f"error: {path} can't be written ({first_line(error)}); make room, and the same "
+            f"error: {path} can't be written ({first_line(cause)}); make room, and the same "
             "command will resume from the previous checkpoint, if there is one"
         ) from error
     # Older checkpoints may go only now that this one is safe. Newer ones may exist if the run was
@@ -1284,8 +1287,8 @@ def choose_device(name):
 
 def join_processes(device):
     """Join the other processes of torchrun. Raises SystemExit if the environment is wrong."""
-    address = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
-    if not 0 <= RANK < WORLD_SIZE or (WORLD_SIZE > 1 and not address):
+    complete = all(os.environ.get(name) for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    if not 0 <= RANK < WORLD_SIZE or (WORLD_SIZE > 1 and not complete):
         raise SystemExit(
             "error: of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, some are set and others "
             "missing or wrong; start with torchrun, which sets them all, or unset them"

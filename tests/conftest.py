@@ -74,52 +74,53 @@ def train(*flags):
 def write_shards(
     folder, lengths=(200, 3000, 1777), vocab_size=257, encoding="bytes", seed=0, suffix=".npy"
 ):
-    """Token shards of a text with some structure to learn; the first is val. Returns the tokens
-    of each."""
+    """Write token shards of a text with some structure to learn; the first is val. Returns the
+    tokens of each."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng, shards = np.random.default_rng(seed), []
-    for i, n in enumerate(lengths):
-        tokens = (np.arange(n) * 7 + rng.integers(0, 3, n)) % min(vocab_size, 50)
+    rng = np.random.default_rng(seed)
+    shards = []
+    for i, length in enumerate(lengths):
+        tokens = (np.arange(length) * 7 + rng.integers(0, 3, length)) % min(vocab_size, 50)
         tokens = tokens.astype(np.uint16)
         shards.append(tokens)
-        path = folder / f"text_{'train' if i else 'val'}_{i:06d}{suffix}"
+        split = "train" if i else "val"
+        path = folder / f"text_{split}_{i:06d}{suffix}"
         if suffix == ".npy":
             np.save(path, tokens)
         else:
-            path.write_bytes(llmc_header(20240520, len(tokens)) + tokens.tobytes())
+            path.write_bytes(llmc_header(20240520, length) + tokens.tobytes())
     if encoding != "gpt2":
         manifest = dict(encoding=encoding, vocab_size=vocab_size)
         (folder / "manifest.json").write_text(json.dumps(manifest))
     return shards
 
 
-def llmc_header(magic, count, *rest, version=1):
+def llmc_header(magic, count, version=1):
+    """The first kilobyte of a .bin shard of llm.c."""
     header = np.zeros(256, dtype="<i4")
-    header[: 3 + len(rest)] = [magic, version, count, *rest]
+    header[:3] = [magic, version, count]
     return header.tobytes()
 
 
-def write_hellaswag(path, examples):
-    """Write [(context, endings, label)] as llm.c's evaluation file."""
-    rows = []
-    for index, (context, endings, label) in enumerate(examples):
-        row = [65535, 0, index, label, len(endings), len(context), *context]
-        for ending in endings:
-            row += [len(ending), *ending]
-        row[1] = 2 * len(row)
-        rows.append(np.array(row, dtype="<u2").tobytes())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(llmc_header(20240522, len(rows), max(map(len, rows))) + b"".join(rows))
+def write_questions(folder, number=11):
+    """Write questions of HellaSwag where the trainer looks for them."""
+    (folder / "hellaswag").mkdir()
+    with open(folder / "hellaswag/hellaswag_val.jsonl", "w") as file:
+        for n in range(number):
+            endings = ["one", "one two", "one two three", "one two three four"]
+            row = dict(ctx="zero " * (n + 1), endings=endings, label=str(n % 4))
+            file.write(json.dumps(row) + "\n")
 
 
 def read_log(log_dir):
-    """log.txt -> {stream: {step: value}}; fails where a step stands twice or out of order."""
+    """What log.txt holds, as {stream: {step: value}}. Fails where a step stands twice or out of
+    order."""
     streams = {}
-    for line in (Path(log_dir) / "log.txt").read_text().splitlines():
+    for line in Path(log_dir, "log.txt").read_text().splitlines():
         step, stream, value = line.split()
-        steps = streams.setdefault(stream, {})
-        assert not steps or int(step) > max(steps), line
-        steps[int(step)] = float(value)
+        values = streams.setdefault(stream, {})
+        assert not values or int(step) > max(values), line
+        values[int(step)] = float(value)
     return streams
 
 
@@ -129,7 +130,7 @@ def losses(log_dir):
 
 
 def load(path):
-    """What is in a checkpoint."""
+    """What a checkpoint holds."""
     import torch
 
     return torch.load(path, weights_only=True)
@@ -145,10 +146,16 @@ def assert_same_weights(path, other_path):
 
 def python(*args, cwd, env=None, check=True, timeout=300):
     """Run Python in a process of its own."""
-    command, env = [sys.executable, *map(str, args)], {**os.environ, **(env or {})}
-    how = dict(cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
-    done = subprocess.run(command, **how)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.run(
+        [sys.executable] + [str(arg) for arg in args],
+        cwd=cwd,
+        env=os.environ | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
@@ -179,4 +186,4 @@ def signals_as_they_were():
 def no_curves(monkeypatch):
     """Drawing them takes longer than most runs here; tests/test_evaluation.py tests it."""
     if "train_gpt2" in sys.modules:
-        monkeypatch.setattr(sys.modules["train_gpt2"], "draw_curves", lambda *args: None)
+        monkeypatch.setattr(sys.modules["train_gpt2"], "draw_curves", lambda cfg: None)

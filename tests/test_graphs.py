@@ -1,13 +1,12 @@
 """What torch.compile sees of a training step, and the memory that a step takes. No GPU is needed:
 of the 124M model nothing is computed, only the sizes and types of its tensors are followed."""
 
-import json
 import shutil
 
 import pytest
 import torch
 from benchmark import Tally
-from conftest import load, losses, read_log, train, write_shards
+from conftest import load, losses, read_log, train, write_questions, write_shards
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
@@ -113,12 +112,7 @@ def graphs(monkeypatch):
 def test_training_is_one_graph_and_validation_one_more(here, graphs):
     """Whatever happens in between: samples and HellaSwag have many shapes, and add none."""
     write_shards(here / "gpt2", lengths=(16 * 23 + 5, 5000), encoding="gpt2")
-    (here / "hellaswag").mkdir()
-    rows = []
-    for n in range(1, 9):
-        row = dict(ctx="word " * n, endings=["a", "a b", "a b c", "a b c d"], label="0")
-        rows.append(json.dumps(row))
-    (here / "hellaswag/hellaswag_val.jsonl").write_text("\n".join(rows))
+    write_questions(here)
     evaluations = ["--val_every=3", "--hellaswag_every=4", "--sample_every=5"]
     run = ["--micro_batch_size=4", "--max_new_tokens=20", "--checkpoint_every=6"]
     assert train("--data=gpt2", "--log_dir=log", "--compile", *run, *evaluations) == 0

@@ -21,6 +21,7 @@ from conftest import (
     python,
     read_log,
     train,
+    write_questions,
     write_shards,
 )
 from torch.overrides import TorchFunctionMode
@@ -58,16 +59,6 @@ def signal_at(monkeypatch, step, signum):
         return get_lr(now, cfg)
 
     monkeypatch.setattr(train_gpt2, "get_lr", interrupt)
-
-
-def write_questions(folder):
-    """HellaSwag's questions, where the trainer looks for them."""
-    rows = []
-    for n in range(1, 12):
-        row = dict(ctx="one " * n, endings=["two", "three", "four", "five"], label=str(n % 4))
-        rows.append(json.dumps(row))
-    (folder / "hellaswag").mkdir()
-    (folder / "hellaswag/hellaswag_val.jsonl").write_text("\n".join(rows))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -191,7 +182,8 @@ def test_attention_is_the_faster_one_unless_told_otherwise(here, flags, attentio
 @pytest.mark.parametrize("dtype, tolerance", [("bf16", 0.1), ("fp16", 0.02)])
 def test_half_precision_follows_float32(here, dtype, tolerance):
     assert train("--log_dir=plain") == 0
-    assert train("--log_dir=half", f"--dtype={dtype}", "--val_every=10", "--sample_every=10") == 0
+    evaluations = ["--val_every=10", "--sample_every=10", "--max_new_tokens=8"]
+    assert train("--log_dir=half", f"--dtype={dtype}", *evaluations) == 0
     assert losses("half") == pytest.approx(losses("plain"), abs=tolerance)
     assert losses("half") != losses("plain")
 
@@ -223,15 +215,12 @@ def test_a_reader_s_dropout_is_on_in_training_and_off_in_evaluations(here, monke
         return forward(self, x)
 
     monkeypatch.setattr(MLP, "forward", watched)
+    run = ["--data=gpt2", "--log_dir=log", "--max_steps=5", "--checkpoint_every=5"]
     evaluations = ["--val_every=2", "--hellaswag_every=2", "--sample_every=2"]
-    for every in evaluations:
-        seen.clear()
-        run = ["--data=gpt2", f"--log_dir=log{every}", "--max_steps=5", "--checkpoint_every=5"]
-        assert train(*run, "--max_new_tokens=4", every) == 0
-        assert set(seen) == {(True, True), (False, False)}
-        assert seen[-1] == (False, False)  # After the last evaluation no step is left.
+    assert train("--max_new_tokens=4", *run, *evaluations) == 0
+    assert set(seen) == {(True, True), (False, False)}
     seen.clear()
-    assert main(["--generate=x", f"--log_dir=log{every}", "--device=cpu", "--num_samples=1"]) == 0
+    assert main(["--generate=x", "--log_dir=log", "--device=cpu", "--num_samples=1"]) == 0
     assert set(seen) == {(False, False)}
 
 
@@ -636,7 +625,7 @@ def test_what_a_stdout_can_not_encode_is_replaced(here, monkeypatch):
     assert "8 sequences ? 16 tokens" in text
     assert "d? ta" in text
     assert "--- sample 0\nn?" in text
-    assert "p?: 34,208 parameters" in text
+    assert re.search(r"34,208 parameters.* p\?", text)
     assert "--init_from" in text
 
 
@@ -888,9 +877,9 @@ class StandIn(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def on_cpu(self, arg):
-        if isinstance(arg, torch.device) and arg.type == "cuda":
-            return torch.device("cpu")
-        return arg
+        """Devices come as such, or as their names."""
+        is_device = isinstance(arg, torch.device | str)
+        return "cpu" if is_device and str(arg).startswith("cuda") else arg
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")

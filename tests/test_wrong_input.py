@@ -228,7 +228,7 @@ def test_shard_that_is_none_is_named(here, capsys, case, split):
 def test_folder_without_one_of_the_splits(here, capsys, missing):
     for path in (here / "data").glob(f"*_{missing}_*"):
         path.unlink()
-    assert_one_error(here, capsys, [], f"holds no {missing} shard", "--shard_size")
+    assert_one_error(here, capsys, [], f"has no {missing} shard", "--shard_size")
 
 
 def test_shards_too_short_for_a_window(here, capsys):
@@ -347,6 +347,7 @@ DAMAGE = {
     "junk": lambda path: path.write_bytes(bytes(range(256)) * 20),
     "a folder": replace_by_a_folder,
     "a loop of links": replace_by_a_loop,
+    "another program's": lambda path: torch.save(dict(model={}, step=10), path),
     "no dictionary": lambda path: torch.save(["format"], path),
     "a pickle": lambda path: path.write_bytes(pickle.dumps(dict(step=10))),
     "a zip of something else": lambda path: zipfile.ZipFile(path, "w").close(),
@@ -413,7 +414,7 @@ class TestCheckpoints:
         flags = ["--checkpoint_every", "1", "--keep_checkpoints", "1", "--max_steps", "8"]
         assert main([*RUN, *flags]) == 0
         out = capsys.readouterr().out
-        assert "checkpoint_00010.pt can't be read" in out
+        assert "log/checkpoint_00010.pt is not " in out
         assert "resuming log after 5 steps" in out
         left = sorted(path.name for path in saved.parent.glob("checkpoint_*"))
         assert left == ["checkpoint_00008.pt", "checkpoint_00010.pt"]
@@ -439,7 +440,7 @@ class TestCheckpoints:
         for argv in ([], ["--generate", "x"], ["--export", "out"]):
             assert_one_error(here, capsys, argv, "no checkpoint in log can be read")
         flags = ["--init_from", str(hostile), "--log_dir", "new"]
-        assert_one_error(here, capsys, flags, "can't be read")
+        assert_one_error(here, capsys, flags, "log/checkpoint_00005.pt is not ")
 
     def test_any_flipped_bit_is_detected_or_harmless(self, saved):
         good = torch.load(saved, weights_only=True)["model"]
@@ -496,14 +497,6 @@ class TestCheckpoints:
 
     def test_a_run_that_is_past_its_end_already(self, saved, here, capsys):
         assert_one_error(here, capsys, [*self.SAVING, "--max_steps", "9"], "--max_steps 9")
-
-    @pytest.mark.parametrize("missing", ["step", "model", "optimizer", "config", "identity"])
-    def test_weights_without_the_rest_of_a_run(self, saved, here, capsys, missing):
-        for path in (saved, saved.with_name("checkpoint_00005.pt")):
-            checkpoint = torch.load(path, weights_only=True)
-            del checkpoint[missing]
-            torch.save(checkpoint, path)
-        assert_one_error(here, capsys, self.SAVING, "checkpoint")
 
     def test_a_log_that_is_none(self, saved, here, capsys):
         (here / "log/log.txt").write_text("my notes\n")
