@@ -279,7 +279,9 @@ def resolve_config(given):
         pretrained = GPT2.from_pretrained(values["init_from"], **how)
         values |= sizes_of_weights(asdict(pretrained.config), given, values, training)
     elif not from_scratch or not training:
-        values |= sizes_of_weights(checkpoint["config"], given, values, training)
+        # A field that was added to GPT2Config since then has its default.
+        their_config = asdict(GPT2Config(**checkpoint["config"]))
+        values |= sizes_of_weights(their_config, given, values, training)
 
     # Defaults that depend on other settings
     if values["min_lr"] is None:
@@ -593,8 +595,8 @@ class GPT2(nn.Module):
                     "to gpt2-xl, a model on the hub (`hf auth login` if it is private), or a folder"
                 ) from error
             sizes = theirs.config.to_dict()
-            changed = theirs.config.to_diff_dict()
-            wrong = [name for name in VARIANTS if name in changed]
+            published = transformers.GPT2Config().to_dict()
+            wrong = [name for name in VARIANTS if sizes[name] != published[name]]
             if sizes["n_inner"] not in (None, 4 * sizes["n_embd"]):
                 wrong.append("n_inner")
             # transformers ignores weights it does not know, and fills in missing ones at random.
@@ -718,8 +720,10 @@ def read_manifest(folder):
         return dict(encoding="gpt2", vocab_size=50257)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if not 0 < manifest["vocab_size"] <= 2**16 or not isinstance(manifest["encoding"], str):
-            raise ValueError("encoding must be a string, and vocab_size a number from 1 to 65536")
+        if type(manifest["encoding"]) is not str or type(manifest["vocab_size"]) is not int:
+            raise ValueError("encoding must be a string, and vocab_size a whole number")
+        if not 0 < manifest["vocab_size"] <= 2**16:
+            raise ValueError("vocab_size must be from 1 to 65536")
         return manifest
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SystemExit(
@@ -1026,9 +1030,13 @@ def newest_checkpoint(log_dir):
     paths = checkpoint_paths(log_dir)
     for path in reversed(paths):
         try:
-            return load_checkpoint(path)
+            checkpoint = load_checkpoint(path)
         except SystemExit as error:
             say(reason(error))
+            continue
+        if "identity" in checkpoint:
+            return checkpoint
+        say(f"{path} is not a checkpoint of this program")
     if paths:
         raise SystemExit(f"error: no checkpoint in {log_dir} can be read; choose another --log_dir")
     return None
@@ -1450,8 +1458,8 @@ def make_demo_data():
 def check_same_run(cfg, checkpoint, identity):
     """Compare a run with its checkpoint, and say what has changed. Raises SystemExit if the
     checkpoint belongs to another run, or is past the last step."""
-    for name, value in identity.items():
-        old = checkpoint["identity"].get(name)
+    for name, old in checkpoint["identity"].items():
+        value = identity.get(name)
         if value != old:
             raise SystemExit(
                 f"error: {cfg.log_dir} holds another run: its {name} is {old}, not {value}; "

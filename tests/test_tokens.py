@@ -23,11 +23,11 @@ def make_loader(folder, B=1, T=16, vocab_size=50257):
 class Shards(DataLoaderLite):
     """A loader of arrays in memory whose every token is its own number."""
 
-    def __init__(self, lengths, B, T, rank=0, world_size=1, **settings):
+    def __init__(self, lengths, B, T, rank=0, world_size=1, **changes):
         tokens = np.arange(sum(lengths), dtype=np.uint16)
         arrays = dict(enumerate(np.split(tokens, np.cumsum(lengths)[:-1])))
         cfg = TrainConfig(
-            data="in memory", micro_batch_size=B, sequence_length=T, device="cpu", **settings
+            data="in memory", micro_batch_size=B, sequence_length=T, device="cpu", **changes
         )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_gpt2, "find_shards", lambda folder, split: list(arrays))
@@ -69,7 +69,7 @@ def test_every_window_once_an_epoch_in_an_order_of_its_own(lengths, T, seed, epo
     starts = windows_of(lengths, T)
     loader = Shards(lengths, 1, T, seed=seed)
     W = loader.num_windows
-    assert W == len(starts)
+    assert len(starts) == W
     orders = [loader.order(W, epoch * W) for epoch in range(epochs)]
     for order in orders:
         assert sorted(order) == starts
