@@ -67,8 +67,8 @@ def reason(error):
 
 def first_line(error):
     """The first line of an exception's text, cut to a readable length."""
-    # Before this, torch advises to switch off what protects from code in a file.
-    text = str(error).split("WeightsUnpickler error:")[-1]
+    # torch first advises to switch off what protects us from code in files. Its reason comes last.
+    text = str(error).rpartition("trusted source.")[2].rpartition("WeightsUnpickler error:")[2]
     lines = text.strip().splitlines() or [type(error).__name__]
     return lines[0][:250]
 
