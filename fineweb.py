@@ -182,7 +182,7 @@ def parse_lines(file):
 
 def read_csv(file, column):
     """Each row of a table is a document. The first line names the columns."""
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(2**31 - 1)  # 131,072 characters otherwise
     return read_rows(csv.DictReader(file), column)
 
 
@@ -261,6 +261,7 @@ def read_file(path, column, first_row):
         with open(path, "rb") as packed:
             size = os.path.getsize(path) or 1
             file = unpack(packed) if unpack else packed
+            # The place in the packed file says how much of it was read.
             if reader is not read_parquet:
                 file = io.TextIOWrapper(file, "utf-8-sig", "mark", newline="")
             rows = []
@@ -373,10 +374,6 @@ def in_background(function):
     return future
 
 
-# Trying again is of no use after these, nor after a ValueError, which is a name that can't be one.
-FINAL = {"GatedRepoError", "OfflineModeIsEnabled", "DataFilesNotFoundError"}
-
-
 def download(what, fetch, seconds=None):
     """Return the result of fetch(), which downloads `what` and may take so many seconds.
 
@@ -392,8 +389,13 @@ def download(what, fetch, seconds=None):
             cause = error.__cause__ or error
             reason = f"{type(cause).__name__}: {shorten(str(cause), 300)}"
             status = getattr(getattr(cause, "response", None), "status_code", None)
-            is_final = status in (401, 404) or isinstance(cause, ValueError)
-            is_final = is_final or FINAL & {type(error).__name__, type(cause).__name__}
+            # Trying again is of no use for names that are not there or can't be one, for a data set
+            # that needs a permission, and with HF_HUB_OFFLINE.
+            is_final = (
+                status in (401, 404)
+                or isinstance(cause, (FileNotFoundError, ValueError))
+                or re.search("Gated|Offline", f"{type(error)} {type(cause)}")
+            )
             deadline = deadline or time.monotonic() + 180
             if is_final or time.monotonic() > deadline:
                 raise SystemExit(
@@ -423,10 +425,13 @@ def find_hub_files(dataset, name):
 
 def download_file(dataset, commit, name, folder):
     """Download a file of the hub into a folder, unless it is there. Returns its path."""
+    # Xet, through which most files come, would otherwise try again for minutes without a word. It
+    # reads this variable when it is imported.
+    os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_DURATION", "30s")
     from huggingface_hub import hf_hub_download
 
-    options = dict(repo_type="dataset", revision=commit, local_dir=folder)
-    return download(name, partial(hf_hub_download, dataset, name, **options))
+    fetch = partial(hf_hub_download, dataset, name, repo_type="dataset", revision=commit)
+    return download(name, partial(fetch, local_dir=folder))
 
 
 def fetch_files(dataset, commit, names, folder):
@@ -440,7 +445,7 @@ def fetch_files(dataset, commit, names, folder):
 
 def results_of(futures, count):
     """Yield the results of futures in their order, while the next `count` of them are under way."""
-    waiting = deque(islice(futures, count))
+    waiting = deque(islice(futures, count))  # Taking a future from the iterator starts its work.
     while waiting:
         result = waiting.popleft().result()
         waiting.extend(islice(futures, 1))
@@ -454,7 +459,8 @@ WORKER = threading.local()
 
 
 def start_worker(encoding_name):
-    # Threads that share an encoding wait for each other, since the regex inside has one owner.
+    # Each thread has an encoding of its own. Threads that share one wait for each other, since the
+    # regex inside has one owner.
     WORKER.encoding = get_encoding(encoding_name)
 
 
@@ -466,7 +472,7 @@ def tokenize(place, share, rows):
     """
     encode = partial(WORKER.encoding.encode_to_numpy, disallowed_special=())
     start = np.array([WORKER.encoding.eot_token], np.uint32)
-    arrays = [start[:0]]
+    arrays = [start[:0]]  # so that there is something to join for rows without text
     skipped = 0
     broken = 0
     for starts, text in rows:
@@ -479,6 +485,7 @@ def tokenize(place, share, rows):
             try:
                 arrays.append(encode(stretch))
             except UnicodeEncodeError:
+                # There are surrogates in it, which have no UTF-8: see mark_broken.
                 mended, count = re.subn("[\ud800-\udfff]", "\ufffd", stretch)
                 arrays.append(encode(mended))
                 broken += count
@@ -491,6 +498,7 @@ def read_pieces(paths, sizes, column, place):
     total = sum(sizes)
     done = sum(sizes[: place["file"]])
     first_row = place["row"]
+    # `paths` begins with the file of the place, and the rows before the place are read again.
     for number, path in enumerate(paths, place["file"]):
         for row, share, rows in read_file(path, column, first_row):
             yield dict(file=number, row=row), (done + share * sizes[number]) / total, rows
@@ -504,11 +512,12 @@ def fill_shards(results, manifest, start, limit, bar):
     The first shard begins with `start`. The last one is short, or empty if nothing is left for it.
     """
     count = count_tokens(manifest["shards"])  # tokens in finished shards
-    arrays = [start]
+    arrays = [start]  # tokens of the shard that is being filled
     filled = len(start)
     used = manifest["place"]["tokens"]  # tokens of the piece that are in shards
     for place, share, tokens, skipped, broken in results:
         while used < len(tokens):
+            # A piece may end one shard, or several small ones, and begin the next.
             size = min(manifest["shard_size"], limit - count)
             taken = tokens[used:][: size - filled]
             arrays.append(taken)
@@ -537,6 +546,7 @@ def fill_shards(results, manifest, start, limit, bar):
 
 def write_file(path, content):
     """Write a file that appears whole or not at all. Raises SystemExit where that fails."""
+    # A rename replaces a file at once, but only what was flushed survives a loss of power.
     unfinished = path.with_name(path.name + ".tmp")
     try:
         os.makedirs(path.parent, exist_ok=True)
@@ -603,17 +613,17 @@ def read_manifest(out, new):
         raise SystemExit(
             f"error: {out}/manifest.json is no manifest ({error!r}); {advice}"
         ) from error
+    # The trainer would take every shard in the folder, whoever made it.
     for file in sorted(out.glob("*")):
         if file.suffix in (".npy", ".bin") and file.name not in names:
             raise SystemExit(f"error: {out} holds other shards ({file.name}); {advice}")
     if not manifest["shards"]:
         return new or manifest
     for key in "source", "encoding", "shard_size":
-        was = manifest.get(key)
-        if new and was != new.get(key):
+        if new and manifest.get(key) != new.get(key):
             raise SystemExit(
                 f"error: {out} holds shards of another run: the {key} is {new.get(key)}, and was "
-                f"{was}; {advice}"
+                f"{manifest.get(key)}; {advice}"
             )
     for shard in manifest["shards"]:
         path = out / shard["name"]
@@ -655,7 +665,7 @@ def prepare(args):
     paths = find_files(args.files, out)
     new = dict(
         encoding=args.encoding,
-        source=f"{args.dataset or 'files'}, {args.name}, column {args.text_column}",
+        source=f"{args.dataset or 'local files'}, {args.name or 'all'}, column {args.text_column}",
         commit=None,
         shard_size=args.shard_size,
         finished=False,
@@ -669,11 +679,13 @@ def prepare(args):
     if paths:
         manifest["files"] = paths
     elif not manifest["commit"]:
-        # Both are noted, so that a later run reads the same files.
+        # Both are noted, so that a later run reads the same files, even if newer ones are there.
         manifest["commit"], manifest["files"] = find_hub_files(args.dataset, args.name)
     files = manifest["files"]
     first_file = manifest["place"]["file"]
     is_local = manifest["commit"] is None
+    # What shards have been made of must still be there: otherwise the next ones would be of other
+    # text than the manifest says. The files of a commit can't change.
     known = manifest.get("fingerprint")
     if known and known != take_fingerprint(files, first_file):
         raise SystemExit(
@@ -686,6 +698,7 @@ def prepare(args):
         finish(out, manifest)
         return
 
+    # From here on, the folder is being filled.
     encoding = get_encoding(args.encoding)
     manifest.update(finished=False, vocab_size=encoding.n_vocab)
     start = np.zeros(0, np.uint16)
@@ -693,7 +706,7 @@ def prepare(args):
         say(f"{out}: going on after {first_count:,} tokens")
         write_manifest(out, manifest)
         if shards[-1]["tokens"] < args.shard_size:
-            # --max_tokens had cut this shard short.
+            # --max_tokens cut this shard short. It is filled up, and written once more.
             last = shards.pop()
             start = np.load(out / last["name"])[: last["tokens"]]
     paths = files[first_file:]
@@ -711,6 +724,8 @@ def prepare(args):
         # So many are under way that the workers are busy while a shard is written.
         results = results_of(tasks, 8 * args.num_workers)
         for place, tokens in fill_shards(results, manifest, start, args.max_tokens, bar):
+            # What is written first, the shard or the manifest, matters: a run that is killed in
+            # between makes the same shard again.
             if len(tokens):
                 if not shards:
                     manifest["val_files"] = place["file"] + 1
@@ -727,8 +742,10 @@ def prepare(args):
             if not is_local:
                 for name in files[: place["file"]]:
                     (out / DOWNLOADS / name).unlink(missing_ok=True)
-            say(f"{out / shards[-1]['name']}: {shards[-1]['tokens']:,} tokens")
+            if len(tokens):
+                say(f"{out / shards[-1]['name']}: {len(tokens):,} tokens")
     finally:
+        # Also after an error or a signal: the pieces that are waiting are not tokenised any more.
         bar.close()
         pool.shutdown(cancel_futures=True)
     finish(out, manifest)
@@ -741,24 +758,23 @@ def finish(out, manifest):
         write_manifest(out, {**manifest, "finished": True})
     shutil.rmtree(out / DOWNLOADS, ignore_errors=True)
     shards = manifest["shards"]
-    tokens = count_tokens(shards)
     if len(shards) == 1:
         say(
             "warning: all tokens are in the val shard, and there are none to train on; remove "
-            f"{out}, and run the same command with --shard_size {max(2, tokens // 10)}",
+            f"{out}, and run the same command with "
+            f"--shard_size {max(2, count_tokens(shards) // 10)}",
             sys.stderr,
         )
     else:
-        count = manifest["val_files"]
-        names = shorten(", ".join(manifest["files"][:count]), 300)
+        names = manifest["files"][: manifest["val_files"]]
         say(
-            f"{out}: the val shard is the beginning of the text, from {count:,} of "
-            f"{len(manifest['files']):,} files: {names}; to choose, change the order of --files, "
-            "or --shard_size"
+            f"{out}: the val shard is the beginning of the text, from {len(names):,} of "
+            f"{len(manifest['files']):,} files: {shorten(', '.join(names), 300)}; to choose, "
+            "change the order of --files, or --shard_size"
         )
     documents = sum(shard["documents"] for shard in shards)
     say(
-        f"{out}: {len(shards)} shards, {documents:,} documents, {tokens:,} tokens; "
+        f"{out}: {len(shards)} shards, {documents:,} documents, {count_tokens(shards):,} tokens; "
         f"{manifest['skipped']:,} rows without text were skipped, {manifest['broken']:,} broken "
         "characters were replaced by U+FFFD"
     )
@@ -786,23 +802,23 @@ def fetch_published(repository, out, limit):
     if not shards:
         info = download(repository, partial(HfApi().dataset_info, repository, timeout=10))
         pattern = re.compile(r"(.*_)?(val|train)(_\d+)?\.(npy|bin)")
-        names = sorted(file.rfilename for file in info.siblings)
-        names = [name for name in names if pattern.fullmatch(name)]
-        names.sort(key=lambda name: "val" not in name)  # val first
+        names = [file.rfilename for file in info.siblings if pattern.fullmatch(file.rfilename)]
+        names.sort(key=lambda name: ("val" not in name, name))  # val first
         if len(names) < 2:
             raise SystemExit(
                 f"error: {repository} holds no val and train shards; name a repository with files "
                 "like NAME_train_000001.bin"
             )
         manifest.update(commit=info.sha, published=names)
-        write_manifest(out, manifest)
+    manifest["finished"] = False
     for name in manifest["published"][len(shards) :]:
-        # There is always a shard to train on.
+        # However low the limit is, there is a shard to train on.
         if len(shards) > 1 and count_tokens(shards) >= limit:
             break
+        # This comes first, so that the manifest knows a file before it is there.
+        write_manifest(out, manifest)
         download_file(repository, manifest["commit"], name, out)
         shards.append(describe_shard(out / name))
-        write_manifest(out, manifest)
     write_manifest(out, {**manifest, "finished": True})
     shutil.rmtree(out / ".cache", ignore_errors=True)  # what huggingface_hub notes for itself
     say(f"{out}: {len(shards)} shards, {count_tokens(shards):,} tokens")
@@ -815,7 +831,7 @@ def write_demo_data(folder):
     appears when it is whole. Raises SystemExit where that fails.
     """
     stdlib = Path(sysconfig.get_path("stdlib"))
-    left_out = r"\b(site-packages|dist-packages|test|tests|idle_test|encodings|pydoc_data)/"
+    left_out = r"(^|/)(site-packages|dist-packages|test|tests|idle_test|encodings|pydoc_data)/"
     files = [
         path
         for path in stdlib.rglob("*.py")
@@ -838,9 +854,12 @@ def write_demo_data(folder):
                 documents.append(np.append(np.uint16(256), text))
             path = unfinished / shard_name("python", number)
             shards.append(write_shard(path, np.concatenate(documents)))
-        source = f"standard library of Python {sys.version.split()[0]}"
         manifest = dict(
-            encoding="bytes", vocab_size=257, source=source, finished=True, shards=shards
+            encoding="bytes",
+            vocab_size=257,
+            source=f"standard library of Python {sys.version.split()[0]}",
+            finished=True,
+            shards=shards,
         )
         write_manifest(unfinished, manifest)
         with contextlib.suppress(OSError):
@@ -869,8 +888,12 @@ def parse_args(argv):
         default=[],
         help=f"local text instead: files, folders and globs of {KINDS}",
     )
-    help = f"repository with ready GPT-2 shards to download instead ({PRETOKENIZED})"
-    add("--pretokenized", nargs="?", const=PRETOKENIZED, help=help)
+    add(
+        "--pretokenized",
+        nargs="?",
+        const=PRETOKENIZED,
+        help=f"repository with ready GPT-2 shards to download instead ({PRETOKENIZED})",
+    )
     add = parser.add_argument
     add("--name", help=f"configuration of --dataset ({CONFIG} with the default one)")
     add("--text_column", default="text", help="column that holds the text of a row (%(default)s)")
@@ -919,6 +942,13 @@ def main(argv=None):
         return 128 + signal.SIGINT
 
 
+def end_by_signal(signum, frame):
+    """A signal handler that ends the program by an exception, so that it cleans up. A second signal
+    of this kind does not disturb it."""
+    signal.signal(signum, signal.SIG_IGN)
+    sys.exit(128 + signum)
+
+
 if __name__ == "__main__":
     # A stream that was closed with `>&-` is None.
     sys.stdout = sys.stdout or open(os.devnull, "w")
@@ -927,6 +957,5 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")
     for signum in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # not on Windows
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup has it ignored.
-            # An exception, unlike the default, has the program clean up before it ends.
-            signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
+            signal.signal(signum, end_by_signal)
     sys.exit(main())

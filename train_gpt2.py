@@ -376,10 +376,13 @@ class CausalSelfAttention(nn.Module):
         self.attention = config.attention
         # Queries, keys and values of all heads come from one matrix product.
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        # The output of each head is a slice of C. This product mixes them.
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x):
         B, T, C = x.shape
+        # Each head works on a slice of the channels, as if it were a sequence of its own, so the
+        # heads move to where PyTorch expects the dimensions of a batch.
         q, k, v = self.c_attn(x).split(C, dim=2)
         q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head size)
         k = k.view(B, T, self.n_head, -1).transpose(1, 2)
@@ -403,6 +406,8 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        # Two thirds of a block's weights are in these two matrices. Four times the width is what
+        # the original Transformer had.
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         # The exact GELU was slow in 2019, so OpenAI trained with this approximation, and its
         # weights expect it.
@@ -463,10 +468,10 @@ class GPT2(nn.Module):
         self.config = config
         self.transformer = nn.ModuleDict(
             dict(
-                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
+                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),  # tokens
+                wpe=nn.Embedding(config.block_size, config.n_embd),  # positions
                 h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                ln_f=nn.LayerNorm(config.n_embd),
+                ln_f=nn.LayerNorm(config.n_embd),  # nothing in the stream has been normalised yet
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
@@ -477,6 +482,8 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
+        # 0.02 is OpenAI's choice. It is near 1/√C for the widths of GPT-2, with which a matrix product
+        # neither blows up nor shrinks its input.
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 p.zero_()
@@ -547,9 +554,12 @@ class GPT2(nn.Module):
             top_k = 1
         k = min(top_k or self.config.vocab_size, self.config.vocab_size)
         for _ in range(max_new_tokens):
+            # Each new token becomes part of the context of the next one. A context that has become
+            # too long loses its beginning.
             context = idx[:, -self.config.block_size :]
             logits = self(context)[:, -1].float()  # (B, V), of the last position only
             values, tokens = logits.topk(k)
+            # A low temperature makes likely tokens likelier still, a high one evens them out.
             probs = F.softmax(values / temperature, dim=1)
             drawn = torch.multinomial(probs, 1, generator=generator)
             idx = torch.cat((idx, tokens.gather(1, drawn)), dim=1)
@@ -559,12 +569,16 @@ class GPT2(nn.Module):
         """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101) with the settings of GPT-3."""
         # Decay pulls weights towards zero. That helps matrices, but would distort biases and the
         # gains of LayerNorms.
+        # Embeddings count as matrices. Tied weights are listed once, so they are decayed once.
         matrices = [p for p in self.parameters() if p.dim() >= 2]
         vectors = [p for p in self.parameters() if p.dim() < 2]
         groups = [
             dict(params=matrices, weight_decay=weight_decay),
             dict(params=vectors, weight_decay=0.0),
         ]
+        # With 0.95, squared gradients are averaged over some 20 steps. Adam's default of 0.999 averages
+        # over 1,000 and adapts more slowly. "Fused" means that one kernel updates many parameters,
+        # instead of one kernel for each operation on each of them.
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     @classmethod
@@ -620,6 +634,7 @@ class GPT2(nn.Module):
         """Load a state dict, which must have all parameters and no others. Only the padding of the
         vocabulary may differ."""
         V = self.config.vocab_size
+        # The file may have been padded in another way, or not at all.
         table = weights["transformer.wte.weight"][:V]
         table = F.pad(table, (0, 0, 0, self.config.padded_vocab_size - V))
         tied = {"transformer.wte.weight": table, "lm_head.weight": table}
@@ -706,6 +721,7 @@ def export_tokenizer(folder, block_size):
 
 def find_shards(folder, split):
     """The shards of a split, "train" or "val", in file order."""
+    # text_val_000000.npy, fineweb_train_000001.bin, and also nanoGPT's train.bin
     pattern = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")
     return sorted(path for path in folder.glob("*") if pattern.fullmatch(path.name))
 
@@ -808,6 +824,7 @@ class DataLoaderLite:
     def window(self, s):
         """The T + 1 tokens of sample s, as uint16. Raises SystemExit for a token that is not in the
         vocabulary."""
+        # Over all epochs together, every window is seen equally often.
         epoch, k = divmod(s, self.num_windows)
         if self.shuffle:
             k = permutation(self.num_windows, self.cfg.seed, epoch)[k]
@@ -1108,7 +1125,7 @@ class Logger:
         self.cfg = cfg
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops(cfg)
-        self.recent_seconds = collections.deque(maxlen=50)
+        self.recent_seconds = collections.deque(maxlen=50)  # of the latest steps
         self.path = Path(cfg.log_dir, "log.txt")
         if RANK == 0:
             self.drop_lines(first_step)
@@ -1146,6 +1163,7 @@ class Logger:
 
     def step(self, step, loss, lr, norm, seconds):
         """Write the figures of a training step, and print them every cfg.print_every steps."""
+        # The median of the latest steps is not misled by the first one, which compiles the model.
         self.recent_seconds.append(seconds)
         tps = self.cfg.total_batch_size / seconds
         self.write(step, train=loss, lr=lr, norm=norm, tps=tps)
@@ -1322,6 +1340,8 @@ def set_precision(device, dtype):
     fp32 is exact. tf32 rounds the factors of products to 10 bits where the device can. bf16 and
     fp16 compute products in 16 bits, and what stays in float32 may use TF32.
     """
+    # Weights stay in float32 all the same, because an update is often too small to change a number
+    # in 16 bits. Only what is computed from them has fewer bits.
     tf32 = device.type == "cuda" and dtype != "fp32"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     half = torch.float16 if dtype == "fp16" else torch.bfloat16
@@ -1433,6 +1453,7 @@ def get_lr(step, cfg):
     if step < cfg.warmup_steps:
         # Adam's first estimates come from few gradients, so its first steps should be small.
         return cfg.max_lr * (step + 1) / cfg.warmup_steps
+    # A high rate gets far quickly, and a low one settles the weights in the end.
     progress = (step - cfg.warmup_steps) / (cfg.max_steps - cfg.warmup_steps)
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.max_lr - cfg.min_lr)
 
@@ -1489,6 +1510,7 @@ def train(cfg, checkpoint, pretrained):
     autocast = set_precision(device, cfg.dtype)
     torch.manual_seed(cfg.seed)  # all ranks draw the same initial weights
     if cfg.deterministic:
+        # Without this setting, cuBLAS may choose another algorithm each time.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(cfg.deterministic)
 
@@ -1516,6 +1538,8 @@ def train(cfg, checkpoint, pretrained):
     # Do all ranks see the same run, and does the checkpoint belong to it?
     identity = run_identity(cfg, [train_loader, val_loader])
     step = checkpoint["step"] if checkpoint else 0
+    # Ranks on other machines have disks of their own. If these differ, the ranks would average the
+    # gradients of different runs, or wait for each other forever.
     seen = gather_from_ranks((identity, step, len(questions)))
     if seen.count(seen[0]) < WORLD_SIZE:
         raise SystemExit(
@@ -1543,10 +1567,14 @@ def train(cfg, checkpoint, pretrained):
     compiled_model = torch.compile(model, dynamic=False) if cfg.compile else model
     ddp_model = compiled_model
     if WORLD_SIZE > 1:
+        # DDP averages the gradients of all ranks during the backward pass, beginning with those of
+        # the last layers while the first ones are still being computed.
         ddp_model = nn.parallel.DistributedDataParallel(
             compiled_model, gradient_as_bucket_view=True
         )
 
+    # A step is half a million tokens by default, which no GPU holds at once. It is split among the
+    # ranks, and what is left to each rank into micro-steps that fit into memory.
     B = cfg.micro_batch_size
     T = cfg.sequence_length
     grad_accum_steps = cfg.total_batch_size // (B * T * WORLD_SIZE)
@@ -1614,7 +1642,7 @@ def train(cfg, checkpoint, pretrained):
 
             # One step of training: from tokens to new weights.
             model.train()
-            started = time.perf_counter()
+            started = time.perf_counter()  # after the evaluations, which are not part of the speed
             lr = get_lr(step, cfg)
             for group in optimizer.param_groups:
                 group["lr"] = lr

@@ -20,9 +20,9 @@ class Hub(ThreadingHTTPServer):
     """Serves folder/{datasets,models}/OWNER/NAME.
 
     `faults` are dicts: `match` (a pattern of "METHOD path"), `times`, perhaps how many requests to
-    `skip` before, and one of `status` (an answer without content), `drop` (the connection breaks
-    after so many bytes), `short` (the file lacks so many bytes), `stall` (seconds before an
-    answer). `sent` counts the bytes of files.
+    `skip` before, and one of `status` (an answer without content, perhaps with `headers`), `drop`
+    (the connection breaks after so many bytes), `short` (the file lacks so many bytes), `stall`
+    (seconds before an answer). `sent` counts the bytes of files.
     """
 
     daemon_threads = True
@@ -68,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
                     break
         time.sleep(fault.get("stall", 0))
         if "status" in fault:
-            return self.answer(fault["status"])
+            return self.answer(fault["status"], **fault.get("headers", {}))
         if match := re.match(r"/cdn/(.*)", path):
             return self.send_file(hub.folder / match[1], fault)
         if match := re.match(r"/api/(datasets/[^/]+/[^/]+|models/[^/]+/[^/]+)/?(.*)", path):

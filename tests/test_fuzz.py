@@ -29,8 +29,8 @@ def checkpoint(tmp_path_factory):
     """The checkpoint of a tiny run."""
     folder = tmp_path_factory.mktemp("run")
     write_shards(folder / "data")
-    flags = ["--n_layer=1", "--n_embd=4", "--max_steps=2", "--checkpoint_every=2"]
-    assert main([*TINY, *flags, f"--data={folder / 'data'}", f"--log_dir={folder / 'log'}"]) == 0
+    flags = TINY + ["--n_layer=1", "--n_embd=4", "--max_steps=2", "--checkpoint_every=2"]
+    assert main(flags + [f"--data={folder / 'data'}", f"--log_dir={folder / 'log'}"]) == 0
     return folder / "log/checkpoint_00002.pt"
 
 
@@ -181,7 +181,7 @@ def test_manifest_of_anything(tmp_path, manifest):
     stderr = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.stderr", stderr)
-        assert main([*TINY, f"--data={tmp_path}", f"--log_dir={tmp_path / 'log'}"]) == 1
+        assert main(TINY + [f"--data={tmp_path}", f"--log_dir={tmp_path / 'log'}"]) == 1
     error = stderr.getvalue()
     assert error.startswith("error: ") and error.count("\n") == 1
     assert "manifest.json" in error

@@ -215,7 +215,7 @@ def test_a_reader_s_dropout_is_on_in_training_and_off_in_evaluations(here, monke
         return forward(self, x)
 
     monkeypatch.setattr(MLP, "forward", watched)
-    run = ["--data=gpt2", "--log_dir=log", "--max_steps=5", "--checkpoint_every=5"]
+    run = ["--data=gpt2", "--n_embd=8", "--log_dir=log", "--max_steps=5", "--checkpoint_every=5"]
     evaluations = ["--val_every=2", "--hellaswag_every=2", "--sample_every=2"]
     assert train("--max_new_tokens=4", *run, *evaluations) == 0
     assert set(seen) == {(True, True), (False, False)}
@@ -474,7 +474,8 @@ def test_a_run_in_a_thread_trains(here):
 def test_signal_during_hellaswag_ends_it_and_it_is_done_again(here, monkeypatch):
     write_shards(here / "gpt2", lengths=(500, 5000), encoding="gpt2")
     write_questions(here)
-    run = ["--data=gpt2", "--hellaswag_every=4", "--max_steps=8", "--checkpoint_every=8"]
+    run = ["--data=gpt2", "--n_embd=8", "--hellaswag_every=4", "--max_steps=8"]
+    run.append("--checkpoint_every=8")
     assert train(*run, "--log_dir=whole") == 0
     count_hits = hellaswag.count_hits
     calls = []

@@ -15,7 +15,7 @@ from conftest import TINY, llmc_header, write_shards
 
 from train_gpt2 import GPT2, main
 
-RUN = ["--data", "data", *TINY, "--log_dir", "log"]
+RUN = TINY + ["--data", "data", "--log_dir", "log"]
 
 
 def contents(folder):
@@ -37,7 +37,7 @@ def one_error(capsys):
 def assert_one_error(here, capsys, argv, *words):
     before = contents(here)
     capsys.readouterr()
-    assert main([*RUN, *argv]) == 1
+    assert main(RUN + argv) == 1
     error = one_error(capsys)
     for word in words:
         assert word in error
@@ -94,9 +94,6 @@ FLAGS = {
     "weights of a model nobody published": ["--init_from", "gpt5"],
     "nothing to generate from": ["--generate", "x", "--log_dir", "nowhere"],
     "nothing to export": ["--export", "out", "--log_dir", "nowhere"],
-    "model too deep for any machine": ["--n_layer", "1000000000"],
-    "model too wide for any machine": ["--n_embd", "1000000000"],
-    "context too long for any machine": ["--block_size", "1000000000000"],
 }
 
 SWITCHES = ["shuffle", "pad_vocab", "compile", "deterministic", "activation_checkpointing"]
@@ -130,9 +127,9 @@ NUMBERS = INTEGERS | FLOATS
 
 for name in SWITCHES:
     FLAGS[f"--{name} with a value"] = [f"--{name}=1"]
-for name in [*TEXTS, *NUMBERS]:
+for name in TEXTS + list(NUMBERS):
     FLAGS[f"--{name} is empty"] = [f"--{name}="]
-for name in [*TEXTS, *ANY_TEXT, *NUMBERS]:
+for name in TEXTS + ANY_TEXT + list(NUMBERS):
     FLAGS[f"--{name} without its value"] = [f"--{name}"]
 for name, lowest in NUMBERS.items():
     FLAGS[f"--{name} is text"] = [f"--{name}=many"]
@@ -151,17 +148,16 @@ def test_no_flag_is_left_out_here(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     flags = set(re.findall(r"^  --(?!no-)(\w+)", capsys.readouterr().out, re.MULTILINE))
-    assert flags == {*SWITCHES, *TEXTS, *ANY_TEXT, *NUMBERS}
+    assert flags == set(SWITCHES + TEXTS + ANY_TEXT + list(NUMBERS))
 
 
 def test_a_fresh_folder_stays_empty(tmp_path, monkeypatch, capsys):
     """Also where the demo data would have to be written first."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").touch()
-    for wrong in (["--prompt", "x" * 999], ["--log_dir", "file/log"], ["--n_head", "5"]):
-        assert main(["--device", "cpu", *wrong]) == 1
+    for wrong in (["--prompt", "x" * 999], ["--n_head", "5"], ["--warmup_steps", "9999"]):
+        assert main(["--device", "cpu"] + wrong) == 1
         one_error(capsys)
-        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+        assert not list(tmp_path.iterdir())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -288,7 +284,7 @@ def test_a_token_outside_the_vocabulary_names_its_shard(here, capsys, split):
     assert json.loads((here / "gpt2/manifest.json").read_text())["encoding"] == "bytes"
     number = dict(val=0, train=1)[split]
     np.save(here / f"gpt2/text_{split}_{number:06d}.npy", np.full(3000, 50256, np.uint16))
-    assert main([*RUN, "--data", "gpt2", "--val_every", "5"]) == 1
+    assert main(RUN + ["--data", "gpt2", "--val_every", "5"]) == 1
     error = one_error(capsys)
     assert f"text_{split}_{number:06d}.npy" in error
     assert "50256" in error and "257" in error
@@ -396,111 +392,115 @@ OTHER_DATA = {
 }
 
 
-class TestCheckpoints:
-    """Those of a run that has saved itself after 5 and after 10 steps."""
+# A run that saves itself twice
+SAVING = ["--max_steps", "10", "--checkpoint_every", "5"]
 
-    SAVING = ("--max_steps", "10", "--checkpoint_every", "5")
 
-    @pytest.fixture
-    def saved(self, here, capsys):
-        assert main([*RUN, *self.SAVING]) == 0
-        capsys.readouterr()
-        return here / "log/checkpoint_00010.pt"
+@pytest.fixture
+def saved(here, capsys):
+    """The last checkpoint of a run that has saved itself after 5 and after 10 steps."""
+    assert main(RUN + SAVING) == 0
+    capsys.readouterr()
+    return here / "log/checkpoint_00010.pt"
 
-    @pytest.mark.parametrize("damage", DAMAGE)
-    def test_damaged_newest_is_named_and_the_one_before_it_used(self, saved, capsys, damage):
-        """And it does not count among those to keep."""
-        DAMAGE[damage](saved)
-        flags = ["--checkpoint_every", "1", "--keep_checkpoints", "1", "--max_steps", "8"]
-        assert main([*RUN, *flags]) == 0
-        out = capsys.readouterr().out
-        assert "log/checkpoint_00010.pt is not " in out
-        assert "resuming log after 5 steps" in out
-        left = sorted(path.name for path in saved.parent.glob("checkpoint_*"))
-        assert left == ["checkpoint_00008.pt", "checkpoint_00010.pt"]
 
-    @pytest.mark.parametrize("damage", DAMAGE)
-    def test_when_none_can_be_read_it_is_an_error(self, saved, here, capsys, damage):
-        DAMAGE[damage](saved)
-        DAMAGE[damage](saved.with_name("checkpoint_00005.pt"))
-        assert_one_error(here, capsys, self.SAVING, "no checkpoint in log can be read")
-        assert_one_error(here, capsys, ["--generate", "x"], "no checkpoint in log can be read")
-        shutil.copytree("log", "damaged", symlinks=True)
-        flags = ["--init_from", "damaged/checkpoint_00010.pt", "--log_dir", "new"]
-        assert_one_error(here, capsys, flags, "damaged/checkpoint_00010.pt")
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_newest_is_named_and_the_one_before_it_used(saved, capsys, damage):
+    """And it does not count among those to keep."""
+    DAMAGE[damage](saved)
+    flags = ["--checkpoint_every", "1", "--keep_checkpoints", "1", "--max_steps", "8"]
+    assert main(RUN + flags) == 0
+    out = capsys.readouterr().out
+    assert "log/checkpoint_00010.pt is not " in out
+    assert "resuming log after 5 steps" in out
+    left = sorted(path.name for path in saved.parent.glob("checkpoint_*"))
+    assert left == ["checkpoint_00008.pt", "checkpoint_00010.pt"]
 
-    @pytest.mark.parametrize("zipped", [True, False])
-    def test_checkpoint_that_is_a_program_runs_nothing(self, here, capsys, zipped):
-        (here / "log").mkdir()
-        hostile = here / "log/checkpoint_00005.pt"
-        state = dict(step=5, model=Hostile(), identity={})
-        torch.save(state, hostile, _use_new_zipfile_serialization=zipped)
-        torch.load(hostile, weights_only=False)
-        (here / "pwned").rmdir()  # it would have run, were it let
-        for argv in ([], ["--generate", "x"], ["--export", "out"]):
-            assert_one_error(here, capsys, argv, "no checkpoint in log can be read")
-        flags = ["--init_from", str(hostile), "--log_dir", "new"]
-        assert_one_error(here, capsys, flags, "log/checkpoint_00005.pt is not ")
 
-    def test_any_flipped_bit_is_detected_or_harmless(self, saved):
-        good = torch.load(saved, weights_only=True)["model"]
-        content = saved.read_bytes()
-        storage = good["transformer.wpe.weight"].numpy().tobytes()
-        first = content.index(storage)
-        bits = [8 * first + i for i in range(0, 8 * len(storage), 97)]  # within a tensor
-        inside = len(bits)
-        bits += np.random.default_rng(0).integers(0, 8 * len(content), 150).tolist()
-        for n, bit in enumerate(bits):
-            damaged = bytearray(content)
-            damaged[bit // 8] ^= 1 << bit % 8
-            saved.write_bytes(damaged)
-            try:
-                model = GPT2.from_pretrained(str(saved))
-            except SystemExit:
-                continue
-            assert n >= inside
-            for name, value in model.state_dict().items():
-                assert torch.equal(value, good[name]), name
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_when_none_can_be_read_it_is_an_error(saved, here, capsys, damage):
+    DAMAGE[damage](saved)
+    DAMAGE[damage](saved.with_name("checkpoint_00005.pt"))
+    assert_one_error(here, capsys, SAVING, "no checkpoint in log can be read")
+    assert_one_error(here, capsys, ["--generate", "x"], "no checkpoint in log can be read")
+    shutil.copytree("log", "damaged", symlinks=True)
+    flags = ["--init_from", "damaged/checkpoint_00010.pt", "--log_dir", "new"]
+    assert_one_error(here, capsys, flags, "damaged/checkpoint_00010.pt")
 
-    @pytest.mark.parametrize(
-        "flags, name",
-        [
-            ("--n_layer=3", "n_layer"),
-            ("--n_embd=34", "n_embd"),
-            ("--n_head=4", "n_head"),
-            ("--block_size=32 --sequence_length=16", "block_size"),
-            ("--no-pad_vocab", "pad_vocab"),
-            ("--seed=1", "seed"),
-            ("--no-shuffle", "shuffle"),
-            ("--sequence_length=8", "sequence_length"),
-            ("--total_batch_size=64", "total_batch_size"),
-        ],
-    )
-    def test_another_run_s_folder_is_refused(self, saved, here, capsys, flags, name):
-        """And what differs is named. What may change: tests/test_training.py."""
-        words = ("log holds another run", name, "--log_dir")
-        assert_one_error(here, capsys, [*self.SAVING, *flags.split()], *words)
 
-    def test_another_vocabulary_is_another_run(self, saved, here, capsys):
-        write_shards(here / "other", vocab_size=300, encoding="my")
-        flags = [*self.SAVING, "--data", "other"]
-        assert_one_error(here, capsys, flags, "log holds another run", "vocab_size")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_checkpoint_that_is_a_program_runs_nothing(here, capsys, zipped):
+    (here / "log").mkdir()
+    hostile = here / "log/checkpoint_00005.pt"
+    state = dict(step=5, model=Hostile(), identity={})
+    torch.save(state, hostile, _use_new_zipfile_serialization=zipped)
+    torch.load(hostile, weights_only=False)
+    (here / "pwned").rmdir()  # it would have run, were it let
+    for argv in ([], ["--generate", "x"], ["--export", "out"]):
+        assert_one_error(here, capsys, argv, "no checkpoint in log can be read")
+    flags = ["--init_from", str(hostile), "--log_dir", "new"]
+    assert_one_error(here, capsys, flags, "log/checkpoint_00005.pt is not ")
 
-    @pytest.mark.parametrize("case", OTHER_DATA)
-    def test_other_data_are_another_run(self, saved, here, capsys, case):
-        flags = [*self.SAVING, "--max_steps", "12"]
-        shutil.copytree("data", "moved")
-        OTHER_DATA[case](here / "data")
-        words = ("log holds another run", "data", "--log_dir")
-        assert_one_error(here, capsys, flags, *words)
-        assert main([*RUN, *flags, "--data", "moved"]) == 0
 
-    def test_a_run_that_is_past_its_end_already(self, saved, here, capsys):
-        assert_one_error(here, capsys, [*self.SAVING, "--max_steps", "9"], "--max_steps 9")
+def test_any_flipped_bit_is_detected_or_harmless(saved):
+    good = torch.load(saved, weights_only=True)["model"]
+    content = saved.read_bytes()
+    storage = good["transformer.wpe.weight"].numpy().tobytes()
+    first = content.index(storage)
+    bits = [8 * first + i for i in range(0, 8 * len(storage), 97)]  # within a tensor
+    inside = len(bits)
+    bits += np.random.default_rng(0).integers(0, 8 * len(content), 150).tolist()
+    for n, bit in enumerate(bits):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        saved.write_bytes(damaged)
+        try:
+            model = GPT2.from_pretrained(str(saved))
+        except SystemExit:
+            continue
+        assert n >= inside
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, good[name]), name
 
-    def test_a_log_that_is_none(self, saved, here, capsys):
-        (here / "log/log.txt").write_text("my notes\n")
-        assert_one_error(here, capsys, ["--max_steps", "12"], "log/log.txt")
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        ("--n_layer=3", "n_layer"),
+        ("--n_embd=34", "n_embd"),
+        ("--n_head=4", "n_head"),
+        ("--block_size=32 --sequence_length=16", "block_size"),
+        ("--no-pad_vocab", "pad_vocab"),
+        ("--seed=1", "seed"),
+        ("--no-shuffle", "shuffle"),
+        ("--sequence_length=8", "sequence_length"),
+        ("--total_batch_size=64", "total_batch_size"),
+    ],
+)
+def test_another_run_s_folder_is_refused(saved, here, capsys, flags, name):
+    """And what differs is named. What may change: tests/test_training.py."""
+    words = ("log holds another run", name, "--log_dir")
+    assert_one_error(here, capsys, SAVING + flags.split(), *words)
+
+
+def test_another_vocabulary_is_another_run(saved, here, capsys):
+    write_shards(here / "other", vocab_size=300, encoding="my")
+    flags = SAVING + ["--data", "other"]
+    assert_one_error(here, capsys, flags, "log holds another run", "vocab_size")
+
+
+@pytest.mark.parametrize("case", OTHER_DATA)
+def test_other_data_are_another_run(saved, here, capsys, case):
+    flags = SAVING + ["--max_steps", "12"]
+    shutil.copytree("data", "moved")
+    OTHER_DATA[case](here / "data")
+    words = ("log holds another run", "data", "--log_dir")
+    assert_one_error(here, capsys, flags, *words)
+    assert main(RUN + flags + ["--data", "moved"]) == 0
+
+
+def test_a_run_that_is_past_its_end_already(saved, here, capsys):
+    assert_one_error(here, capsys, SAVING + ["--max_steps", "9"], "--max_steps 9")
 
 
 def test_log_folder_with_checkpoints_that_are_not_ours(here, capsys, recwarn):
@@ -516,7 +516,7 @@ def test_log_folder_with_checkpoints_that_are_not_ours(here, capsys, recwarn):
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may do anything")
 def test_permission_denied(here, capsys):
-    assert main([*RUN, "--checkpoint_every", "20"]) == 0
+    assert main(RUN + ["--checkpoint_every", "20"]) == 0
     write_shards(here / "locked")
     (here / "readonly").mkdir()
     (here / "readonly").chmod(0o500)
@@ -524,5 +524,5 @@ def test_permission_denied(here, capsys):
         (here / name).chmod(0)
     capsys.readouterr()
     for argv in (["--log_dir=readonly/log"], ["--log_dir=readonly"], ["--data=locked"], []):
-        assert main([*RUN, *argv]) == 1
+        assert main(RUN + argv) == 1
         one_error(capsys)
