@@ -482,8 +482,8 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        # 0.02 is OpenAI's choice. It is near 1/√C for the widths of GPT-2, with which a matrix product
-        # neither blows up nor shrinks its input.
+        # 0.02 is OpenAI's choice. It is near 1/√C for the widths of GPT-2, which keeps a matrix
+        # product from blowing up or shrinking its input.
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 p.zero_()
@@ -576,9 +576,9 @@ class GPT2(nn.Module):
             dict(params=matrices, weight_decay=weight_decay),
             dict(params=vectors, weight_decay=0.0),
         ]
-        # With 0.95, squared gradients are averaged over some 20 steps. Adam's default of 0.999 averages
-        # over 1,000 and adapts more slowly. "Fused" means that one kernel updates many parameters,
-        # instead of one kernel for each operation on each of them.
+        # With 0.95, squared gradients are averaged over some 20 steps. Adam's default of 0.999 would
+        # average over 1,000 and adapt more slowly. "Fused" means that one kernel updates many
+        # parameters, instead of one kernel for each operation on each of them.
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     @classmethod
