@@ -389,12 +389,12 @@ def download(what, fetch, seconds=None):
             cause = error.__cause__ or error
             reason = f"{type(cause).__name__}: {shorten(str(cause), 300)}"
             status = getattr(getattr(cause, "response", None), "status_code", None)
-            # Trying again is of no use for names that are not there or can't be one, for a data set
-            # that needs a permission, and with HF_HUB_OFFLINE.
+            # Trying again is of no use for a name that is not there or can't be one, for a data set
+            # that needs a permission or has no data, and with HF_HUB_OFFLINE.
             is_final = (
                 status in (401, 404)
-                or isinstance(cause, (FileNotFoundError, ValueError))
-                or re.search("Gated|Offline", f"{type(error)} {type(cause)}")
+                or isinstance(cause, ValueError)
+                or re.search("Gated|EmptyDataset|DataFilesNotFound|Offline", repr([error, cause]))
             )
             deadline = deadline or time.monotonic() + 180
             if is_final or time.monotonic() > deadline:
