@@ -576,9 +576,9 @@ class GPT2(nn.Module):
             dict(params=matrices, weight_decay=weight_decay),
             dict(params=vectors, weight_decay=0.0),
         ]
-        # With 0.95, squared gradients are averaged over 20 steps or so. Adam's default, 0.999, would
-        # average over 1,000 and adapt more slowly. "Fused" means that one kernel updates many
-        # parameters, instead of one kernel for each operation on each of them.
+        # 0.95 averages squared gradients over 20 steps or so. Adam's default of 0.999 would average
+        # over 1,000, and adapt more slowly. "Fused" means that one kernel updates many parameters,
+        # instead of one kernel for each operation on each of them.
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     @classmethod

@@ -116,7 +116,7 @@ ROTARY_POSITIONS = [
     ),
     (
         """\
-                wpe=nn.Embedding(config.block_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),  # positions
 """,
         "",
     ),
