@@ -394,7 +394,9 @@ def download(what, fetch, seconds=None):
             is_final = (
                 status in (401, 404)
                 or isinstance(cause, ValueError)
-                or re.search("Gated|EmptyDataset|DataFilesNotFound|Offline", repr([error, cause]))
+                or re.search(
+                    "Gated|EmptyDataset|DataFilesNotFound|Offline", f"{type(error)} {type(cause)}"
+                )
             )
             deadline = deadline or time.monotonic() + 180
             if is_final or time.monotonic() > deadline:
