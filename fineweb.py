@@ -103,8 +103,12 @@ def get_encoding(name):
             ) from error
     else:
         raise SystemExit(f"error: there is no encoding {name}; choose gpt2 or bytes")
-    special = {SEPARATOR: len(ranks)}  # 50256 or 256
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding(
+        name,
+        pat_str=pattern,
+        mergeable_ranks=ranks,
+        special_tokens={SEPARATOR: len(ranks)},  # 50256 or 256
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -563,7 +567,8 @@ def write_file(path, content):
             "command again"
         ) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
 
 
 def write_shard(path, tokens):
@@ -587,8 +592,8 @@ def write_manifest(out, manifest):
 
 
 def shard_name(prefix, number):
-    split = "train" if number else "val"
-    return f"{prefix}_{split}_{number:06d}.npy"
+    """The first shard is for validation, all others are to train on."""
+    return f"{prefix}_{'train' if number else 'val'}_{number:06d}.npy"
 
 
 def count_tokens(shards):
@@ -629,6 +634,8 @@ def read_manifest(out, new):
             )
     for shard in manifest["shards"]:
         path = out / shard["name"]
+        if new and "published" in manifest and not path.exists():
+            continue  # It is downloaded again.
         # It is longer if a run was killed before it noted that the last shard has grown.
         if not path.exists() or path.stat().st_size < 2 * shard["tokens"]:
             raise SystemExit(f"error: {path} is gone or too short; put it back, or remove {out}")
@@ -735,8 +742,10 @@ def prepare(args):
                 shards.append(write_shard(out / shard_name("text", len(shards)), tokens))
                 shards[-1]["documents"] = int(np.count_nonzero(tokens == encoding.eot_token))
             if not shards:
-                skipped = f"{manifest['skipped']:,} rows without text were skipped"
-                raise SystemExit(f"error: there is no text in the source ({skipped}); name another")
+                raise SystemExit(
+                    f"error: there is no text in the source ({manifest['skipped']:,} rows without "
+                    "text were skipped); name another"
+                )
             manifest["place"] = place
             if is_local:
                 manifest["fingerprint"] = take_fingerprint(files, place["file"])
@@ -803,8 +812,11 @@ def fetch_published(repository, out, limit):
     shards = manifest["shards"]
     if not shards:
         info = download(repository, partial(HfApi().dataset_info, repository, timeout=10))
-        pattern = re.compile(r"(.*_)?(val|train)(_\d+)?\.(npy|bin)")
-        names = [file.rfilename for file in info.siblings if pattern.fullmatch(file.rfilename)]
+        names = [
+            file.rfilename
+            for file in info.siblings
+            if re.fullmatch(r"(.*_)?(val|train)(_\d+)?\.(npy|bin)", file.rfilename)
+        ]
         names.sort(key=lambda name: ("val" not in name, name))  # val first
         if len(names) < 2:
             raise SystemExit(
@@ -813,14 +825,15 @@ def fetch_published(repository, out, limit):
             )
         manifest.update(commit=info.sha, published=names)
     manifest["finished"] = False
-    for name in manifest["published"][len(shards) :]:
+    for number, name in enumerate(manifest["published"]):
         # However low the limit is, there is a shard to train on.
-        if len(shards) > 1 and count_tokens(shards) >= limit:
+        if number > 1 and count_tokens(shards[:number]) >= limit:
             break
-        # This comes first, so that the manifest knows a file before it is there.
-        write_manifest(out, manifest)
-        download_file(repository, manifest["commit"], name, out)
-        shards.append(describe_shard(out / name))
+        if number == len(shards) or not (out / name).exists():
+            # This comes first, so that the manifest knows a file before it is there.
+            write_manifest(out, manifest)
+            download_file(repository, manifest["commit"], name, out)
+            shards[number : number + 1] = [describe_shard(out / name)]
     write_manifest(out, {**manifest, "finished": True})
     shutil.rmtree(out / ".cache", ignore_errors=True)  # what huggingface_hub notes for itself
     say(f"{out}: {len(shards)} shards, {count_tokens(shards):,} tokens")
@@ -876,9 +889,7 @@ def write_demo_data(folder):
 
 def parse_args(argv):
     """Return the command line, checked."""
-    parser = argparse.ArgumentParser(
-        description="Turn text into shards of tokens.", allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))

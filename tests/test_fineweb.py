@@ -1199,7 +1199,10 @@ def test_sighup_stops_as_sigterm_does_unless_it_is_ignored(nohup, code, tmp_path
     how = dict(cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if nohup:
         command = ["nohup", *command]
+    # The tests may run under nohup themselves.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     process = subprocess.Popen(command, start_new_session=True, **how)
+    signal.signal(signal.SIGHUP, before)
     process.stdout.readline()  # the first shard
     os.killpg(process.pid, signal.SIGHUP)
     _, err = process.communicate(timeout=60)

@@ -395,6 +395,15 @@ def test_published_shards_that_stay_lost_are_an_error_and_the_others_stay(shards
     assert not any(NAMES[1] in request for request in shards.requests)
 
 
+def test_a_published_shard_that_is_gone_is_fetched_again(shards):
+    assert published(shards) == (True, NAMES)
+    gone = shards.work / "out" / NAMES[1]
+    gone.unlink()
+    shards.run("--verify", "--out=out", code=1)
+    assert published(shards) == (True, NAMES) and gone.exists()
+    shards.run("--verify", "--out=out")
+
+
 def test_killed_while_shards_are_fetched_it_goes_on(shards):
     shards.faults = [dict(match="cdn.*train_000001", stall=60, times=1)]
     process = shards.start("--pretokenized=some/shards", "--out=out", script=PROGRAM)
