@@ -1233,7 +1233,7 @@ def draw_curves(cfg):
             if stream == "tps":
                 trend = np.full_like(trend, np.median(values))
             middle = steps[window // 2 :][: len(trend)]
-            axes.plot(middle, trend, color="C0", label=f"{stream}: {trend[-1]:,.4g}")
+            axes.plot(middle, trend, color="C0", label=f"{stream}: {trend[-1]:,.2f}")
         if stream == "train" and curves["val"]:
             steps, values = np.array(curves["val"]).T
             axes.plot(steps, values, "o-", color="C1", label=f"val: {values[-1]:.5g}")
