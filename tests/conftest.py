@@ -162,7 +162,8 @@ def python(*args, cwd, env=None, check=True, timeout=300):
 def torchrun(*args, cwd, nproc=2, check=True):
     """Run a script under torchrun on this machine."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    return python(*launcher, *args, cwd=cwd, check=check)
+    # torchrun leaves a folder for the logs of its workers in the temporary one.
+    return python(*launcher, *args, cwd=cwd, env={"TMPDIR": str(cwd)}, check=check)
 
 
 @pytest.fixture
