@@ -11,7 +11,7 @@ writes them into shards of equal size: each document starts with <|endoftext|>, 
 on into the next shard, and the first shard is the validation data.
 
 Whenever a shard is finished, manifest.json notes the place in the source where the next one begins.
-The same command goes on from there, and makes the shards that an undisturbed run would have made.
+The same command continues from there, and makes the shards that an undisturbed run would make.
 """
 
 import argparse
@@ -51,7 +51,7 @@ CONFIG = "sample-10BT"
 PRETOKENIZED = "kjj0/finewebedu10B-gpt2"
 SEPARATOR = "<|endoftext|>"
 PIECE = 2**20  # characters of a piece: 100 ms of work for a worker
-DOWNLOADS = "downloads"  # the folder in --out where files of the hub lie while they are read
+DOWNLOADS = "downloads"  # the folder in --out where files of the hub are kept while they are read
 
 # --------------------------------------------------------------------------------------------------
 # What is printed
@@ -120,7 +120,7 @@ def get_encoding(name):
 
 # Python's own white space has characters like \x1c, which tiktoken takes for text.
 WHITE_SPACE = " \t\n\r\v\f"
-# No token of GPT-2 goes on from a character that is not white space into a space or a line break.
+# No token of GPT-2 extends from a character that is not white space into a space or a line break.
 # So text is cut there, at the last such place within 100,000 characters. Text without one is cut
 # all the same, since tiktoken slows down on long words and gives up on long white space.
 STRETCH = re.compile(r".{1,100000}(?:\Z|(?<=\S)(?=[ \n]))|.{1,100000}", re.DOTALL)
@@ -155,7 +155,7 @@ def read_text(file, column):
                 yield starts, text
             starts = True
             to_strip = WHITE_SPACE
-        # The last two stretches wait for the next block, which may go on with a token or complete
+        # The last two stretches wait for the next block, which may continue a token or complete
         # a separator.
         stretches = STRETCH.findall(rest.lstrip(to_strip))
         for text in stretches[:-2]:
@@ -194,7 +194,7 @@ def read_rows(rows, column):
     """Each row, a dict by column, is a document."""
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise ValueError(f"row {number} is no JSON object with a column {column}")
+            raise ValueError(f"row {number} is not a JSON object with a column {column}")
         if number == 1:
             check_column(column, row)
         text = row.get(column)
@@ -258,7 +258,7 @@ def read_file(path, column, first_row):
     """Yield (number of the first row, share of the file that was read, rows) of pieces of a file,
     which have about a megabyte.
 
-    Raises SystemExit where the file can't be opened or is damaged.
+    Raises SystemExit if the file can't be opened or is damaged.
     """
     reader, unpack = find_reader(path)
     try:
@@ -293,8 +293,8 @@ def read_file(path, column, first_row):
 def find_files(patterns, out):
     """Return the files that --files means: files, folders with all that lies in them, and globs.
 
-    A file that is found twice is read once, whatever links lead to it. `out` is no source. Raises
-    SystemExit where a pattern finds nothing that can be read.
+    A file that is found twice is read once, whatever links lead to it. `out` is not a source.
+    Raises SystemExit if a pattern finds nothing that can be read.
     """
     found = {}  # real path: path as it was found first
     for pattern in patterns:
@@ -321,7 +321,7 @@ def walk(path, entered):
             children = sorted(path.iterdir())
         except OSError as error:
             raise SystemExit(
-                f"error: {path} can't be read ({error.strerror}); mend that"
+                f"error: {path} can't be read ({error.strerror}); fix its permissions"
             ) from error
         for child in children:
             if not child.name.startswith("."):
@@ -344,7 +344,7 @@ def keep_readable(paths, where):
 def take_fingerprint(paths, number):
     """Return a hash by which a later run knows what was read until the given file was reached: all
     names, size and both ends of the files before, and the beginning of the file itself. What comes
-    behind may still be mended, or grow."""
+    after that may still be repaired, or grow."""
     known = hashlib.sha256(repr([os.path.basename(path) for path in paths]).encode())
     for i, path in enumerate(paths[: number + 1]):
         with open(path, "rb") as file:
@@ -442,7 +442,7 @@ def download_file(dataset, commit, name, folder):
 
 def fetch_files(dataset, commit, names, folder):
     """Yield the path of each file, downloaded whole. While one is read, the next is on its way."""
-    # huggingface_hub does not go on with what an earlier run has left.
+    # huggingface_hub does not resume what an earlier run has left unfinished.
     for path in folder.rglob("*.incomplete"):
         path.unlink()
     tasks = (partial(download_file, dataset, commit, name, folder) for name in names)
@@ -492,8 +492,8 @@ def tokenize(place, share, rows):
                 arrays.append(encode(stretch))
             except UnicodeEncodeError:
                 # There are surrogates in it, which have no UTF-8: see mark_broken.
-                mended, count = re.subn("[\ud800-\udfff]", "\ufffd", stretch)
-                arrays.append(encode(mended))
+                repaired, count = re.subn("[\ud800-\udfff]", "\ufffd", stretch)
+                arrays.append(encode(repaired))
                 broken += count
     return place, share, np.concatenate(arrays).astype(np.uint16), skipped, broken
 
@@ -551,7 +551,7 @@ def fill_shards(results, manifest, start, limit, bar):
 
 
 def write_file(path, content):
-    """Write a file that appears whole or not at all. Raises SystemExit where that fails."""
+    """Write a file that appears whole or not at all. Raises SystemExit if that fails."""
     # A rename replaces a file at once, but only what was flushed survives a loss of power.
     unfinished = path.with_name(path.name + ".tmp")
     try:
@@ -603,7 +603,7 @@ def count_tokens(shards):
 def read_manifest(out, new):
     """Return the manifest of an earlier run of the same command, or a new one.
 
-    Raises SystemExit where the manifest is damaged, where shards are gone, and where the folder
+    Raises SystemExit if the manifest is damaged, if shards are missing, and if the folder
     holds shards that are not noted, or are of another source, encoding or size.
     """
     advice = f"choose another --out, or remove {out}"
@@ -644,7 +644,7 @@ def read_manifest(out, new):
 
 @contextlib.contextmanager
 def locked(out):
-    """Keep other runs from writing into a folder. Raises SystemExit where another is at work."""
+    """Keep other runs from writing into a folder. Raises SystemExit if another is at work."""
     lock = filelock.FileLock(out / ".lock")
     try:
         os.makedirs(out, exist_ok=True)
@@ -792,7 +792,7 @@ def finish(out, manifest):
 
 
 def verify(out):
-    """Compare every shard with the manifest. Raises SystemExit where one is not as it says."""
+    """Compare every shard with the manifest. Raises SystemExit if one does not match."""
     if not (out / "manifest.json").exists():
         raise SystemExit(f"error: {out} has no manifest.json to check shards against; see --out")
     shards = read_manifest(out, None)["shards"]
@@ -843,7 +843,7 @@ def write_demo_data(folder):
     """Write the source of Python's standard library as shards of bytes, for a first try.
 
     Tests and generated tables are left out, and one file in forty is for validation. The folder
-    appears when it is whole. Raises SystemExit where that fails.
+    appears when it is complete. Raises SystemExit if that fails.
     """
     stdlib = Path(sysconfig.get_path("stdlib"))
     left_out = r"(^|/)(site-packages|dist-packages|test|tests|idle_test|encodings|pydoc_data)/"
@@ -917,7 +917,7 @@ def parse_args(argv):
         "--max_tokens",
         type=int,
         default=2**63,
-        help="stop after so many, and go on with more (all)",
+        help="stop after this many; a later run with a larger number continues (all)",
     )
     add("--num_workers", type=int, default=cores, help="threads that tokenise (one a core)")
     add("--verify", action="store_true", help="compare the shards in --out with their manifest")

@@ -1,4 +1,4 @@
-"""Score a model on HellaSwag: which of four endings goes on from a context as the world does?
+"""Score a model on HellaSwag: which of four endings continues a situation most plausibly?
 
     python hellaswag.py                       # get the questions -> hellaswag/hellaswag_val.jsonl
     python hellaswag.py --model gpt2          # and score OpenAI's 124M model, or gpt2-medium, …
@@ -148,7 +148,7 @@ def score_batch(model, batch, device):
     """Losses in nats of each token of an ending: a float64 tensor (tokens,) for each row."""
     inputs = [torch.tensor(tokens[:-1]) for tokens, _ in batch]
     endings = [torch.tensor(tokens[start:]) for tokens, start in batch]
-    # Padding stands behind a row's tokens, and causal attention never looks ahead.
+    # Padding comes after a row's tokens, and causal attention never looks ahead.
     logits = model(pad_sequence(inputs, batch_first=True).to(device))  # (B, T, V)
     # The logits at a position predict the next token. Only those that predict an ending's token are
     # converted to float32: together, all of them would take gigabytes.

@@ -80,7 +80,7 @@ def first_line(error):
 def flag(default, help: str, low=0, choices=None, group=None):
     """A configuration field that is also a command-line flag.
 
-    Where the default is None, resolve_config() chooses a value. `low` is the smallest number
+    If the default is None, resolve_config() chooses a value. `low` is the smallest number
     allowed. `group` begins a new group of flags in --help.
     """
     return field(default=default, metadata=dict(help=help, low=low, choices=choices, group=group))
@@ -99,7 +99,7 @@ class GPT2Config:
     pad_vocab: bool = flag(True, "round the vocabulary up to a multiple of 128, which is faster")
     attention: str = flag(
         "flash",
-        "one fused kernel, or the textbook's formula, which is faster on a CPU in bf16",
+        "a fused kernel, or the textbook's formula, the default on a CPU in bf16 (faster there)",
         choices=("flash", "manual"),
     )
     activation_checkpointing: bool = flag(
@@ -219,7 +219,7 @@ def resolve_config(given):
 
     Returns the configuration, the checkpoint to resume from, and the model that --init_from names.
     The last two decide the sizes, so they are loaded here, and returned because they are too large
-    to load twice. Each is None where there is none. Raises SystemExit for a user's mistakes.
+    to load twice. Each is None if there is none. Raises SystemExit for a user's mistakes.
     """
     check_ranges(given)
     training = given.get("generate") is None and given.get("export") is None
@@ -471,7 +471,7 @@ class GPT2(nn.Module):
                 wte=nn.Embedding(config.padded_vocab_size, config.n_embd),  # tokens
                 wpe=nn.Embedding(config.block_size, config.n_embd),  # positions
                 h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                ln_f=nn.LayerNorm(config.n_embd),  # nothing in the stream has been normalised yet
+                ln_f=nn.LayerNorm(config.n_embd),  # until here, only branches are normalised
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
@@ -567,9 +567,8 @@ class GPT2(nn.Module):
 
     def configure_optimizers(self, weight_decay, learning_rate):
         """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101) with the settings of GPT-3."""
-        # Decay pulls weights towards zero. That helps matrices, but would distort biases and the
-        # gains of LayerNorms.
-        # Embeddings count as matrices. Tied weights are listed once, so they are decayed once.
+        # Decay pulls weights towards zero. That helps matrices, embeddings included, but would
+        # distort biases and the gains of LayerNorms. Tied weights are listed and decayed once.
         matrices = [p for p in self.parameters() if p.dim() >= 2]
         vectors = [p for p in self.parameters() if p.dim() < 2]
         groups = [
@@ -846,7 +845,7 @@ class DataLoaderLite:
         tokens = torch.from_numpy(rows.astype(np.int64))  # (B, T + 1)
         # At each position the model predicts the token that comes next.
         batch = torch.stack((tokens[:, :-1], tokens[:, 1:]))
-        # A GPU copies from pinned memory by itself, while the CPU goes on.
+        # A GPU copies from pinned memory by itself, while the CPU carries on.
         if self.cfg.device.startswith("cuda"):
             batch = batch.pin_memory()
         return batch.to(self.cfg.device, non_blocking=True)
@@ -916,8 +915,8 @@ def print_samples(model, encoding, cfg, prompt, seed):
 
 
 def open_encoding(cfg):
-    """The tiktoken.Encoding of the tokens. Raises SystemExit where it is not known, has more tokens
-    than the model, or needs files that can't be had."""
+    """The tiktoken.Encoding of the tokens. Raises SystemExit if it is not known, has more tokens
+    than the model, or needs files that can't be downloaded."""
     require_sibling("fineweb.py")
     from fineweb import get_encoding
 
@@ -1155,7 +1154,7 @@ class Logger:
         except OSError as error:
             raise SystemExit(
                 f"error: {self.path} can't be written ({error.strerror}); make room, and the same "
-                "command goes on from the newest checkpoint"
+                "command will resume from the newest checkpoint"
             ) from error
 
     def say(self, step, message):
@@ -1384,7 +1383,7 @@ def activation_bytes_per_token(cfg):
 
 
 def choose_micro_batch_size(cfg, device):
-    """How many sequences to process at a time: as many as are sure to fit on every rank, but no
+    """How many sequences to process at a time: as many as should safely fit on every rank, but no
     more than it takes to keep the device busy."""
     tokens = 2**12
     if device.type == "cuda":
@@ -1453,7 +1452,7 @@ def get_lr(step, cfg):
     if step < cfg.warmup_steps:
         # Adam's first estimates come from few gradients, so its first steps should be small.
         return cfg.max_lr * (step + 1) / cfg.warmup_steps
-    # A high rate gets far quickly, and a low one settles the weights in the end.
+    # A high rate makes quick progress early on, and a low one lets the weights settle at the end.
     progress = (step - cfg.warmup_steps) / (cfg.max_steps - cfg.warmup_steps)
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.max_lr - cfg.min_lr)
 
@@ -1514,7 +1513,7 @@ def train(cfg, checkpoint, pretrained):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(cfg.deterministic)
 
-    # Samples and HellaSwag need these. Without them, training goes on.
+    # Samples and HellaSwag need these. Training carries on without them.
     encoding = None
     questions = []
     if cfg.sample_every or cfg.hellaswag_every:
