@@ -465,8 +465,11 @@ def test_a_rank_that_fails_ends_the_job_with_the_cause_last_on_the_screen(here, 
     code, output = process.end()
     assert code == 1, output
     assert time.monotonic() - start < 120
-    assert cause in output[output.index("Root Cause") :], output
-    assert "closed by peer" not in output, output
+    # The other rank misses this one, and may say so, if torchrun stops it in the middle of a step.
+    # What torchrun's report ends with is the cause all the same.
+    report = output[output.index("Root Cause") :]
+    assert cause in report, output
+    assert "closed by peer" not in report, output
 
 
 def test_a_run_goes_on_with_more_processes_and_another_micro_batch(here):
