@@ -310,7 +310,8 @@ def sizes_of_weights(their_config, given, values, training):
         raise SystemExit(
             f"error: {values['data']} has a vocabulary of {values['vocab_size']} "
             f"({values['encoding']}), but the weights have {sizes['vocab_size']} ({encoding}); "
-            "choose other data or other weights"
+            "choose other data or other weights, or correct encoding and vocab_size in "
+            f"{Path(values['data'], 'manifest.json')}"
         )
     return sizes
 
@@ -343,10 +344,11 @@ def check_config(cfg):
         )
     if cfg.warmup_steps > cfg.max_steps:
         raise SystemExit(
-            f"error: --warmup_steps {cfg.warmup_steps} exceeds --max_steps {cfg.max_steps}"
+            f"error: --warmup_steps {cfg.warmup_steps} exceeds --max_steps {cfg.max_steps}; "
+            "lower the former"
         )
     if cfg.min_lr > cfg.max_lr:
-        raise SystemExit(f"error: --min_lr {cfg.min_lr} exceeds --max_lr {cfg.max_lr}")
+        raise SystemExit(f"error: --min_lr {cfg.min_lr} exceeds --max_lr {cfg.max_lr}; lower it")
 
 
 def print_settings(cfg):
@@ -589,8 +591,13 @@ class GPT2(nn.Module):
         override fields of GPT2Config that weights don't dictate, such as attention. No code in a
         file is run. Raises SystemExit if the model is not GPT-2 as published.
         """
+        checkpoints = sorted(Path(source).glob("*.pt"))
         if Path(source).is_file():
             config, weights = weights_of_file(Path(source))
+        elif checkpoints and not Path(source, "config.json").exists():
+            raise SystemExit(
+                f"error: {source} is a folder of checkpoints; name one, such as {checkpoints[-1]}"
+            )
         else:
             import transformers
 
@@ -605,7 +612,8 @@ class GPT2(nn.Module):
             except Exception as error:  # a missing or foreign model can fail anywhere in it
                 raise SystemExit(
                     f"error: {source} can't be loaded as a GPT-2 ({first_line(error)}); name gpt2 "
-                    "to gpt2-xl, a model on the hub (`hf auth login` if it is private), or a folder"
+                    "to gpt2-xl, a model on the hub (`hf auth login` if it is private), or a "
+                    "folder or checkpoint that exists"
                 ) from error
             sizes = theirs.config.to_dict()
             published = transformers.GPT2Config().to_dict()
@@ -732,6 +740,13 @@ def read_manifest(folder):
     if not path.exists():
         if folder == DEMO_DATA:  # written later, when the run starts
             return dict(encoding="bytes", vocab_size=257)
+        if Path(folder, "meta.pkl").exists():
+            # nanoGPT writes this file where the tokens are not GPT-2's. Opening it could run code.
+            raise SystemExit(
+                f"error: {folder} has a meta.pkl of nanoGPT, so its tokens are not GPT-2's; write "
+                f'{path} with {{"encoding": "characters", "vocab_size": 65}}, where vocab_size is '
+                "what nanoGPT's prepare.py printed"
+            )
         return dict(encoding="gpt2", vocab_size=50257)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -971,7 +986,7 @@ def save_checkpoint(cfg, step, model, optimizer, scaler, identity):
     if not all(p.isfinite().all() for p in model.parameters()):
         raise SystemExit(
             f"error: the weights after {step} steps are not finite, and were not saved; "
-            "lower --max_lr, or try --dtype fp32"
+            f"lower --max_lr, or try --dtype fp32; {what_is_saved(cfg.log_dir)}"
         )
     # Tensors and plain values only: such a file can be loaded without running code.
     checkpoint = dict(
@@ -987,21 +1002,15 @@ def save_checkpoint(cfg, step, model, optimizer, scaler, identity):
     # the disk. A partial file always has the same name, and the next checkpoint overwrites it.
     path = Path(cfg.log_dir, f"checkpoint_{step:05d}.pt")
     partial = Path(cfg.log_dir, "checkpoint.tmp")
-    try:
-        with open(partial, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:
-        # PyTorch turns a full disk into a RuntimeError that does not say so.
-        cause = error.__context__ or error
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise SystemExit(
-            f"error: {path} can't be written ({first_line(cause)}); make room, and the same "
-            "command will resume from the previous checkpoint, if there is one"
-        ) from error
+    with explain_failed_write(path):
+        try:
+            with open(partial, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)  # which is there only if that failed
     # Older checkpoints may go only now that this one is safe. Newer ones may exist if the run was
     # resumed from an older checkpoint because a newer one was damaged. They stay.
     older = [other for other in checkpoint_paths(path.parent) if step_of(other) <= step]
@@ -1020,6 +1029,28 @@ def checkpoint_paths(log_dir):
     """The checkpoints in a folder, from the first step to the last."""
     paths = [p for p in log_dir.glob("checkpoint_*.pt") if re.fullmatch(r"checkpoint_\d+", p.stem)]
     return sorted(paths, key=step_of)
+
+
+def what_is_saved(log_dir):
+    """What a run that ends now leaves behind, for its error message."""
+    paths = checkpoint_paths(Path(log_dir))
+    if not paths:
+        return "there is no checkpoint yet"
+    return f"the next start resumes from {paths[-1]}"
+
+
+@contextlib.contextmanager
+def explain_failed_write(path):
+    """Turn a failure to write a file of the log folder into a SystemExit."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # PyTorch turns a full disk into a RuntimeError that does not say so.
+        cause = error.__context__ or error
+        raise SystemExit(
+            f"error: {path} can't be written ({first_line(cause)}); make room on the disk, or make "
+            f"the folder writable; {what_is_saved(path.parent)}"
+        ) from error
 
 
 def load_checkpoint(path):
@@ -1067,6 +1098,8 @@ def latest_log_dir():
 def weights_of_file(path):
     """The configuration and the weights in a checkpoint of this program, nanoGPT or build-nanogpt.
     Raises SystemExit for any other file."""
+    if path.suffix in (".safetensors", ".bin", ".json"):
+        raise SystemExit(f"error: {path} is not a whole model; name its folder, {path.parent}")
     checkpoint = load_checkpoint(path)
     if "identity" in checkpoint:
         return GPT2Config(**checkpoint["config"]), checkpoint["model"]
@@ -1098,18 +1131,26 @@ def weights_of_file(path):
 
 def lock_log_dir(log_dir):
     """Make the folder, and lock out other runs until the returned context ends. Raises SystemExit
-    if this fails."""
+    if another run is in it, or if nothing can be written there."""
     if RANK != 0:
         return contextlib.nullcontext()
+    path = log_dir / ".lock"
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
         # A run that was killed may take a few seconds to end.
-        return filelock.FileLock(log_dir / ".lock").acquire(timeout=5)
-    except OSError as error:  # filelock.Timeout is one, too
+        return filelock.FileLock(path).acquire(timeout=5)
+    except filelock.Timeout as error:
         raise SystemExit(
-            f"error: --log_dir {log_dir} is in use by another run, or can't be written "
-            f"({first_line(error)}); choose another"
+            f"error: --log_dir {log_dir} is in use by another run; wait for it, or choose another"
         ) from error
+    except OSError as error:
+        if not path.exists():
+            raise SystemExit(
+                f"error: --log_dir {log_dir} can't be written ({error.strerror}); choose another"
+            ) from error
+        # Some network file systems have no locks.
+        say(f"{path} can't be locked ({error.strerror}); let no other run use this folder")
+        return contextlib.nullcontext()
 
 
 class Logger:
@@ -1126,12 +1167,11 @@ class Logger:
         self.peak_flops = peak_flops(cfg)
         self.recent_seconds = collections.deque(maxlen=50)  # of the latest steps
         self.path = Path(cfg.log_dir, "log.txt")
-        if RANK == 0:
-            self.drop_lines(first_step)
+        if RANK == 0 and self.path.exists():
+            with explain_failed_write(self.path):
+                self.drop_lines(first_step)
 
     def drop_lines(self, first_step):
-        if not self.path.exists():
-            return
         if first_step == 0:
             # The log of a run that left no checkpoint is kept under another name.
             self.path.rename(self.path.with_name(f"log_{self.path.stat().st_mtime_ns}.txt"))
@@ -1148,14 +1188,8 @@ class Logger:
         if RANK != 0:
             return
         lines = [f"{step} {stream} {value:.8g}\n" for stream, value in figures.items()]
-        try:
-            with open(self.path, "a") as file:
-                file.write("".join(lines))
-        except OSError as error:
-            raise SystemExit(
-                f"error: {self.path} can't be written ({error.strerror}); make room, and the same "
-                "command will resume from the newest checkpoint"
-            ) from error
+        with explain_failed_write(self.path), open(self.path, "a") as file:
+            file.write("".join(lines))
 
     def say(self, step, message):
         say(f"step {step:5d}/{self.cfg.max_steps} | {message}")
@@ -1680,7 +1714,7 @@ def train(cfg, checkpoint, pretrained):
             if not math.isfinite(mean_loss) or not (math.isfinite(grad_norm) or may_overflow):
                 raise SystemExit(
                     f"error: step {step} has loss {mean_loss} and gradient norm {grad_norm}; "
-                    "lower --max_lr, or try --dtype fp32; the newest checkpoint is older"
+                    f"lower --max_lr, or try --dtype fp32; {what_is_saved(cfg.log_dir)}"
                 )
             logger.step(step, mean_loss, lr, grad_norm, seconds)
             step += 1
@@ -1775,6 +1809,9 @@ def main(argv=None):
             time.sleep(5)
         raise
     finally:
+        # In a notebook other code comes next, which should find PyTorch as it is by default.
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision("highest")
         if dist.is_initialized():
             time.sleep(0.1)  # gloo's threads still use Python (pytorch issue 179291)
             dist.destroy_process_group()

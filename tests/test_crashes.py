@@ -1,6 +1,7 @@
 """Nothing is lost: real processes are stopped, killed and starved at every point, and end where an
 untouched one ends."""
 
+import errno
 import json
 import os
 import random
@@ -328,12 +329,52 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stands(here, size,
     run_to_end(run + ["--log_dir=whole"])
     trap = At("train_gpt2.get_lr", 8, spring=partial(processes.limit_file_size, size))
     output = run_to_end(run, prepare=[trap], code=1)
-    assert_one_error(output, what, "File too large", "make room")
+    saved = "the next start resumes from log/checkpoint_00005.pt"
+    assert_one_error(output, what, "File too large", "make room", saved)
     assert checkpoints("log") == ["checkpoint_00005.pt"]
     load("log/checkpoint_00005.pt")
     assert len(read_log("log")["train"]) >= 7
     run_to_end(run)
     assert_same_run("whole", "log")
+
+
+@pytest.mark.parametrize(
+    "size, what",
+    [(200_000, "checkpoint_00005.pt can't be written"), (100, "log.txt can't be written")],
+    ids=["at the first checkpoint", "at a line of the log"],
+)
+def test_a_full_disk_before_the_first_checkpoint_says_that_there_is_none(here, size, what):
+    run = RUN + ["--checkpoint_every=5"]
+    full = partial(processes.limit_file_size, size)
+    output = run_to_end(run, prepare=[full], code=1)
+    assert_one_error(output, what, "File too large", "make room", "there is no checkpoint yet")
+    assert checkpoints("log") == []
+    run_to_end(run)
+
+
+def test_a_full_disk_when_a_run_is_resumed_is_one_line(here):
+    run = RUN + ["--checkpoint_every=10"]
+    run_to_end(run + ["--max_steps=10"])
+    before = lines_of("log")
+    full = partial(processes.limit_file_size, 100)
+    output = run_to_end(run, prepare=[full], code=1)
+    assert_one_error(output, "log.txt can't be written", "resumes from log/checkpoint_00010.pt")
+    assert lines_of("log") == before
+    run_to_end(run)
+
+
+@pytest.mark.parametrize(
+    "number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS], ids=errno.errorcode.get
+)
+def test_a_file_system_without_locks_is_not_another_run(here, number):
+    """Network file systems may have none."""
+    refused = partial(fail, OSError(number, os.strerror(number)))
+    calls = [At("fcntl.flock", call, spring=refused) for call in range(1, 30)]
+    output = run_to_end(RUN + ["--checkpoint_every=20"], prepare=calls)
+    assert "another run" not in output, output
+    if number != errno.ENOSYS:  # for which filelock has a substitute
+        assert f"log/.lock can't be locked ({os.strerror(number)})" in output, output
+    assert checkpoints("log") == ["checkpoint_00020.pt"]
 
 
 def test_a_full_disk_before_there_are_data_is_one_line(here):

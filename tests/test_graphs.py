@@ -147,6 +147,22 @@ def test_compile_that_was_asked_for_and_fails_is_an_error(here, capsys, monkeypa
     assert not (here / "log").exists()
 
 
+def test_after_a_compiler_that_fails_other_code_is_still_compiled(here, capsys):
+    """A notebook's own torch.compile, say, later in the same process."""
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert train("--log_dir=log", "--compile") == 1
+    assert "no-such-compiler" in capsys.readouterr().err
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compile(torch.sin, backend=backend)(torch.ones(3))
+    assert compiled
+
+
 # --------------------------------------------------------------------------------------------------
 # Memory, from which the micro-batch is chosen
 

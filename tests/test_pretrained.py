@@ -653,6 +653,7 @@ def test_data_may_have_fewer_tokens_than_the_weights_but_not_more_and_no_others(
         assert finetune(weights, data) == 1
         error = one_error(capsys)
         assert re.search(rf"{data} has a vocabulary of .* weights have", error), error
+        assert f"correct encoding and vocab_size in {data}/manifest.json" in error, error
         assert not Path(f"log_{weights}_{data}").exists()
 
 
@@ -779,6 +780,11 @@ def test_what_transformers_reports_of_a_wrong_folder_does_not_hide_the_one_line(
         ("--init_from=https://x.y/some/gpt2 --generate=x", "x.y/some/gpt2 can't be loaded"),
         ("--init_from=log/checkpoint_00007.pt --generate=x", "checkpoint_00007.pt can't be loaded"),
         ("--init_from=data --generate=x", "data can't be loaded"),
+        ("--init_from=hf/model.safetensors --generate=x", "name its folder, hf$"),
+        ("--init_from=hf/pytorch_model.bin --generate=x", "name its folder, hf$"),
+        ("--init_from=hf/config.json --export=out", "name its folder, hf$"),
+        ("--init_from=ours --generate=x", "such as ours/checkpoint_00010.pt$"),
+        ("--init_from=nanogpt/ --data=data", "such as nanogpt/ckpt.pt$"),
         ("--init_from=data/manifest.json --export=out", "data/manifest.json"),
         ("--init_from=hf --export=data", "data already exists"),
         ("--init_from=hf --export=.", "already exists"),
@@ -793,6 +799,10 @@ def test_what_transformers_reports_of_a_wrong_folder_does_not_hide_the_one_line(
 )
 def test_wrong_sources_and_destinations_are_one_line(here, capsys, flags, words):
     reference(n_positions=16).save_pretrained("hf")
+    torch.save(load_file("hf/model.safetensors"), "hf/pytorch_model.bin")
+    for name in ("ours/checkpoint_00005.pt", "ours/checkpoint_00010.pt", "nanogpt/ckpt.pt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
     write_shards(here / "gpt2", encoding="gpt2")
     before = sorted((path, path.stat().st_mtime_ns) for path in here.rglob("*"))
     capsys.readouterr()
@@ -800,6 +810,14 @@ def test_wrong_sources_and_destinations_are_one_line(here, capsys, flags, words)
     error = one_error(capsys)
     assert re.search(words, error), error
     assert sorted((path, path.stat().st_mtime_ns) for path in here.rglob("*")) == before
+
+
+def test_a_folder_of_transformers_may_hold_the_state_of_its_trainer(here):
+    """Such files end in .pt, too."""
+    theirs = reference()
+    theirs.save_pretrained("hf")
+    torch.save({}, "hf/optimizer.pt")
+    assert_same(GPT2.from_pretrained("hf"), theirs)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits the size of files")

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -146,12 +147,9 @@ def test_what_changes_only_how_it_is_computed_leaves_the_losses(here):
         "--deterministic",
         "--dtype=tf32",
     ]
-    try:
-        for way in ways:
-            assert train(f"--log_dir={way}", way) == 0
-            assert losses(way) == pytest.approx(losses("plain"), abs=1e-4), way
-    finally:
-        torch.use_deterministic_algorithms(False)
+    for way in ways:
+        assert train(f"--log_dir={way}", way) == 0
+        assert losses(way) == pytest.approx(losses("plain"), abs=1e-4), way
     assert losses("--dtype=tf32") == losses("plain")  # A CPU has no TF32.
 
 
@@ -443,6 +441,32 @@ def test_signals_are_handled_as_before_once_main_has_returned(here, monkeypatch)
         signal_at(monkeypatch, 5, signum)
         assert train(f"--log_dir={signum}") == 128 + signum
         assert {signum: signal.getsignal(signum) for signum in signals} == handlers
+
+
+def test_what_a_run_sets_is_as_before_once_main_has_returned(here):
+    """So that neither the next run of a process nor other code of a notebook inherits it."""
+
+    def state():
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_float32_matmul_precision(),
+            torch.is_autocast_enabled("cpu"),
+            torch.is_grad_enabled(),
+            torch.get_default_dtype(),
+            torch.distributed.is_initialized(),
+            threading.active_count(),
+            len(os.listdir("/dev/fd")),
+        )
+
+    # Some things are made once and stay, such as the thread that watches progress bars.
+    train("--log_dir=before", "--checkpoint_every=20", "--val_every=5")
+    before = state()
+    for flags in ("--deterministic", "--dtype=bf16", "--dtype=tf32", "--checkpoint_every=1"):
+        assert train("--log_dir=log", flags, "--val_every=5") == 0
+        assert state() == before, flags
+    for flags in ("--max_steps=1", "--n_head=3", "--data=nowhere"):
+        assert train("--log_dir=log", "--deterministic", flags) == 1
+        assert state() == before, flags
 
 
 def test_second_ctrl_c_is_python_s(here, monkeypatch):
@@ -966,15 +990,12 @@ class TestCuda:
 
     def test_resumed_run_is_the_same_to_the_last_bit_with_deterministic(self, here):
         run = ["--device=cuda", "--deterministic", "--val_every=4"]
-        try:
-            assert train(*run, "--checkpoint_every=20", "--log_dir=whole") == 0
-            saving = ["--checkpoint_every=7", "--keep_checkpoints=0"]
-            assert train(*run, *saving, "--log_dir=parts") == 0
-            for step in (14, 20):
-                (here / f"parts/checkpoint_{step:05d}.pt").unlink()
-            assert train(*run, "--checkpoint_every=20", "--log_dir=parts") == 0
-        finally:
-            torch.use_deterministic_algorithms(False)
+        assert train(*run, "--checkpoint_every=20", "--log_dir=whole") == 0
+        saving = ["--checkpoint_every=7", "--keep_checkpoints=0"]
+        assert train(*run, *saving, "--log_dir=parts") == 0
+        for step in (14, 20):
+            (here / f"parts/checkpoint_{step:05d}.pt").unlink()
+        assert train(*run, "--checkpoint_every=20", "--log_dir=parts") == 0
         assert_same_weights("whole/checkpoint_00020.pt", "parts/checkpoint_00020.pt")
 
     @pytest.mark.parametrize("compile_flag", ["--compile", "--no-compile"])

@@ -151,6 +151,19 @@ def test_no_flag_is_left_out_here(capsys):
     assert flags == set(SWITCHES + TEXTS + ANY_TEXT + list(NUMBERS))
 
 
+def test_a_run_that_is_shorter_than_its_warm_up_names_both_numbers(here, capsys):
+    flags = ["--model", "gpt2", "--warmup_steps", "715", "--max_steps", "10"]
+    assert_one_error(here, capsys, flags, "--warmup_steps 715", "--max_steps 10")
+
+
+def test_a_log_folder_that_is_a_file_is_not_another_run_s(here, capsys):
+    for name in ("data/manifest.json", "data/manifest.json/log"):
+        assert main(RUN + ["--log_dir", name]) == 1
+        error = one_error(capsys)
+        assert f"--log_dir {name} can't be written" in error
+        assert "another run" not in error
+
+
 def test_a_fresh_folder_stays_empty(tmp_path, monkeypatch, capsys):
     """Also where the demo data would have to be written first."""
     monkeypatch.chdir(tmp_path)
@@ -275,6 +288,18 @@ def test_manifest_that_is_a_folder(here, capsys):
     (here / "data/manifest.json").unlink()
     (here / "data/manifest.json").mkdir()
     assert_one_error(here, capsys, [], "manifest.json")
+
+
+def test_nanogpt_folder_of_characters_needs_a_manifest_and_the_error_says_which(here, capsys):
+    """And meta.pkl, which is a pickle, is not opened."""
+    (here / "data/manifest.json").unlink()
+    (here / "data/meta.pkl").write_bytes(pickle.dumps(Hostile()))
+    assert_one_error(here, capsys, [], "meta.pkl", "write data/manifest.json with")
+    main(RUN)
+    manifest = re.search(r"with (\{.*\})", one_error(capsys)).group(1)
+    (here / "data/manifest.json").write_text(manifest)
+    assert main(RUN) == 0
+    assert "ln 65 = " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
