@@ -1167,11 +1167,13 @@ class Logger:
         self.peak_flops = peak_flops(cfg)
         self.recent_seconds = collections.deque(maxlen=50)  # of the latest steps
         self.path = Path(cfg.log_dir, "log.txt")
-        if RANK == 0 and self.path.exists():
+        if RANK == 0:
             with explain_failed_write(self.path):
                 self.drop_lines(first_step)
 
     def drop_lines(self, first_step):
+        if not self.path.exists():
+            return
         if first_step == 0:
             # The log of a run that left no checkpoint is kept under another name.
             self.path.rename(self.path.with_name(f"log_{self.path.stat().st_mtime_ns}.txt"))

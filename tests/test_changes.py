@@ -146,10 +146,10 @@ WEIGHT_NORM = [
 WANDB = [
     (
         """\
-            self.drop_lines(first_step)
+                self.drop_lines(first_step)
 """,
         """\
-            self.drop_lines(first_step)
+                self.drop_lines(first_step)
             import wandb
 
             self.wandb = wandb.init(config=asdict(cfg))
