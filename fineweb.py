@@ -88,24 +88,23 @@ def get_encoding(name):
     Raises SystemExit for another name, and where OpenAI's files for "gpt2" can't be had.
     """
     if name == "bytes":
-        pattern = r"[\s\S]{1,32}"
         ranks = {bytes([i]): i for i in range(256)}
     elif name == "gpt2":
-        pattern = GPT2_PATTERN
         try:
             # tiktoken downloads two files the first time, and keeps them in a cache.
             ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
         except (OSError, ValueError) as error:
             raise SystemExit(
-                f"error: the GPT-2 tokenizer can't be downloaded ({shorten(str(error), 300)}); "
-                "connect to the network once, or let TIKTOKEN_CACHE_DIR name a folder that "
-                "tiktoken has filled"
+                "error: the GPT-2 tokenizer can't be downloaded to "
+                f"{os.environ.get('TIKTOKEN_CACHE_DIR', 'its cache')} "
+                f"({shorten(str(error), 300)}); make room there, connect to the network once, or "
+                "let TIKTOKEN_CACHE_DIR name a folder that tiktoken has filled"
             ) from error
     else:
         raise SystemExit(f"error: there is no encoding {name}; choose gpt2 or bytes")
     return tiktoken.Encoding(
         name,
-        pat_str=pattern,
+        pat_str=GPT2_PATTERN,
         mergeable_ranks=ranks,
         special_tokens={SEPARATOR: len(ranks)},  # 50256 or 256
     )
@@ -176,18 +175,29 @@ def read_json(file, column):
 
 def parse_lines(file):
     """Yield the value of each line of JSON that is not empty."""
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(map(str.rstrip, file), 1):
         try:
-            if line.strip():
+            if line:
                 yield json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"line {number} is not JSON: {error}") from error
+            # To the parser, every line is the first one.
+            reason = str(error).replace("line 1 ", "")
+            raise ValueError(f"line {number} is not JSON: {reason}") from error
 
 
 def read_csv(file, column):
     """Each row of a table is a document. The first line names the columns."""
-    csv.field_size_limit(2**31 - 1)  # 131,072 characters otherwise
-    return read_rows(csv.DictReader(file), column)
+    table = csv.DictReader(file, strict=True)
+    limit = csv.field_size_limit(2**31 - 1)  # 131,072 characters otherwise
+    try:
+        yield from read_rows(table, column)
+    except csv.Error as error:
+        raise ValueError(
+            f"from line {table.line_num + 1} on, it is not CSV ({error}); a quotation mark may not "
+            "be closed there, or not be doubled in quoted text"
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def read_rows(rows, column):
@@ -203,8 +213,9 @@ def read_rows(rows, column):
 
 def check_column(column, names):
     if column not in names:
-        columns = ", ".join(map(str, names))
-        raise ValueError(f"it has no column {column}, but {columns}; choose with --text_column")
+        raise ValueError(
+            f"it has no column {column}, but {', '.join(map(str, names))}; choose with --text_column"
+        )
 
 
 def read_parquet(file, column):
@@ -217,7 +228,8 @@ def read_parquet(file, column):
     check_column(column, table.schema_arrow.names)
     for batch in table.iter_batches(64, columns=[column], use_threads=False):
         texts = batch.column(0)
-        if "string" not in str(texts.type):
+        # A list<string> is no text. A dictionary is one, if the strings in it are numbered.
+        if not re.match("(dictionary<values=)?(large_)?string", str(texts.type)):
             raise ValueError(f"column {column} is {texts.type}, no text; choose with --text_column")
         for text in texts.cast(pa.large_binary()).to_pylist():
             yield True, text if text is None else text.decode("utf-8", "mark")
@@ -240,7 +252,7 @@ READERS = {
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zstd}
 KINDS = f"{', '.join(READERS)}, all with {', '.join(COMPRESSED)}, too"
 # What libraries raise for a file that is cut short or damaged; Arrow's errors are ValueErrors.
-DAMAGE = (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError, csv.Error)
+DAMAGE = (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError)
 
 
 def find_reader(path):
@@ -263,6 +275,9 @@ def read_file(path, column, first_row):
     reader, unpack = find_reader(path)
     try:
         with open(path, "rb") as packed:
+            # Git LFS leaves a few lines of text in place of a file that it has not fetched.
+            if packed.peek(64).startswith(b"version https://git-lfs.github.com/spec/"):
+                raise ValueError("it is a Git LFS pointer, and `git lfs pull` fetches the file")
             size = os.path.getsize(path) or 1
             file = unpack(packed) if unpack else packed
             # The place in the packed file says how much of it was read.
@@ -293,29 +308,26 @@ def read_file(path, column, first_row):
 def find_files(patterns, out):
     """Return the files that --files means: files, folders with all that lies in them, and globs.
 
-    A file that is found twice is read once, whatever links lead to it. `out` is not a source.
-    Raises SystemExit if a pattern finds nothing that can be read.
+    `out` is not a source. Raises SystemExit if a pattern finds nothing that can be read.
     """
-    found = {}  # real path: path as it was found first
+    found = []
     for pattern in patterns:
         matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
         entered = {out.resolve()}
         paths = []
         for match in sorted(map(Path, matches)):
             paths += walk(match, entered)
-        for path in keep_readable(paths, f"--files {pattern}"):
-            found.setdefault(os.path.realpath(path), path)
-    return list(found.values())
+        found += keep_readable(paths, f"--files {pattern}")
+    return found
 
 
 def walk(path, entered):
-    """Return a file, or the files in a folder, without hidden ones. No folder is entered twice, so
+    """Yield a file, or the files in a folder, without hidden ones. No folder is entered twice, so
     that links which lead back up are harmless."""
-    if not path.is_dir():
-        return [str(path)]
-    found = []
     real_path = path.resolve()
-    if real_path not in entered:
+    if not path.is_dir():
+        yield str(path)
+    elif real_path not in entered:
         entered.add(real_path)
         try:
             children = sorted(path.iterdir())
@@ -325,8 +337,21 @@ def walk(path, entered):
             ) from error
         for child in children:
             if not child.name.startswith("."):
-                found += walk(child, entered)
-    return found
+                yield from walk(child, entered)
+
+
+def keep_distinct(paths):
+    """Return local files without repetition, whatever links lead to them. Raises SystemExit if one
+    can't be read."""
+    found = {}  # real path: path as it was found first
+    for path in paths:
+        if not os.path.isfile(path) or not os.access(path, os.R_OK):
+            raise SystemExit(
+                f"error: {path} can't be read: it is closed, a link that leads nowhere, or no file; "
+                "fix its permissions, or name others"
+            )
+        found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
 
 
 def keep_readable(paths, where):
@@ -358,6 +383,16 @@ def take_fingerprint(paths, number):
 
 # --------------------------------------------------------------------------------------------------
 # The hub
+
+
+# These failures need no second try. The first are of writing: where Python's errors name no file,
+# and Xet's, which are text. The others are of names, of data sets that need a permission, have no
+# data or are a program, and of HF_HUB_OFFLINE.
+DISK_FAILURE = r"No space left|[Nn]ot enough disk space|quota exceeded|os error (13|30|36)\b"
+LASTING_FAILURE = (
+    r"\b40[14] (Client Error|Not Found|Unauthorized)|ValueError|ValidationError|GatedRepo"
+    "|EmptyDataset|DataFilesNotFound|Dataset scripts|OfflineModeIsEnabled"
+)
 
 
 def in_background(function):
@@ -392,18 +427,15 @@ def download(what, fetch, seconds=None):
             # The clients raise their own exception from the one that says what happened.
             cause = error.__cause__ or error
             reason = f"{type(cause).__name__}: {shorten(str(cause), 300)}"
-            status = getattr(getattr(cause, "response", None), "status_code", None)
-            # Trying again is of no use for a name that is not there or can't be one, for a data set
-            # that needs a permission or has no data, and with HF_HUB_OFFLINE.
-            is_final = (
-                status in (401, 404)
-                or isinstance(cause, ValueError)
-                or re.search(
-                    "Gated|EmptyDataset|DataFilesNotFound|Offline", f"{type(error)} {type(cause)}"
-                )
-            )
+            failure = f"{type(error)} {type(cause)} {cause}"
+            if re.search(DISK_FAILURE, failure) or getattr(cause, "filename", None):
+                raise SystemExit(
+                    f"error: {what} can't be downloaded, since the disk is full or closed to you "
+                    f"({reason}); make room, there or in the folder that HF_HOME names, and run "
+                    "the same command again"
+                ) from error
             deadline = deadline or time.monotonic() + 180
-            if is_final or time.monotonic() > deadline:
+            if re.search(LASTING_FAILURE, failure) or time.monotonic() > deadline:
                 raise SystemExit(
                     f"error: {what} can't be downloaded ({reason}); check the name and the "
                     "network, or log in with `hf auth login`, and run the same command again"
@@ -436,8 +468,8 @@ def download_file(dataset, commit, name, folder):
     os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_DURATION", "30s")
     from huggingface_hub import hf_hub_download
 
-    fetch = partial(hf_hub_download, dataset, name, repo_type="dataset", revision=commit)
-    return download(name, partial(fetch, local_dir=folder))
+    source = dict(repo_id=dataset, filename=name, repo_type="dataset", revision=commit)
+    return download(folder / name, partial(hf_hub_download, **source, local_dir=folder))
 
 
 def fetch_files(dataset, commit, names, folder):
@@ -601,21 +633,27 @@ def count_tokens(shards):
 
 
 def read_manifest(out, new):
-    """Return the manifest of an earlier run of the same command, or a new one.
+    """Return the manifest of an earlier run of the same command, or `new`. If that is None, there
+    must be one, and it may be of any command.
 
     Raises SystemExit if the manifest is damaged, if shards are missing, and if the folder
     holds shards that are not noted, or are of another source, encoding or size.
     """
     advice = f"choose another --out, or remove {out}"
-    manifest = {"shards": []}
+    manifest = new
     names = []
     try:
         manifest = json.loads((out / "manifest.json").read_bytes())
         names = [shard["name"] for shard in manifest["shards"]]
         # A run that was killed may have had no time to note its last shard.
         names += manifest.get("published", [shard_name("text", len(names))])
-    except FileNotFoundError:
-        pass
+    except FileNotFoundError as error:
+        if not new:
+            raise SystemExit(
+                f"error: {out} has no manifest.json to check shards against; see --out"
+            ) from error
+    except NotADirectoryError as error:
+        raise SystemExit(f"error: --out {out} is a file, or lies in one; name a folder") from error
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise SystemExit(
             f"error: {out}/manifest.json is no manifest ({error!r}); {advice}"
@@ -677,7 +715,6 @@ def prepare(args):
         source=f"{args.dataset or 'local files'}, {args.name or 'all'}, column {args.text_column}",
         commit=None,
         shard_size=args.shard_size,
-        finished=False,
         place=dict(file=0, row=0, tokens=0),
         skipped=0,
         broken=0,
@@ -690,9 +727,11 @@ def prepare(args):
     elif not manifest["commit"]:
         # Both are noted, so that a later run reads the same files, even if newer ones are there.
         manifest["commit"], manifest["files"] = find_hub_files(args.dataset, args.name)
+    is_local = manifest["commit"] is None
+    if is_local:
+        manifest["files"] = keep_distinct(manifest["files"])
     files = manifest["files"]
     first_file = manifest["place"]["file"]
-    is_local = manifest["commit"] is None
     # What shards have been made of must still be there: otherwise the next ones would be of other
     # text than the manifest says. The files of a commit can't change.
     known = manifest.get("fingerprint")
@@ -793,8 +832,6 @@ def finish(out, manifest):
 
 def verify(out):
     """Compare every shard with the manifest. Raises SystemExit if one does not match."""
-    if not (out / "manifest.json").exists():
-        raise SystemExit(f"error: {out} has no manifest.json to check shards against; see --out")
     shards = read_manifest(out, None)["shards"]
     for shard in shards:
         path = out / shard["name"]
@@ -807,7 +844,7 @@ def fetch_published(repository, out, limit):
     """Download shards that someone else has tokenised, until there are `limit` tokens."""
     from huggingface_hub import HfApi
 
-    new = dict(encoding="gpt2", vocab_size=50257, source=repository, finished=False, shards=[])
+    new = dict(encoding="gpt2", vocab_size=50257, source=repository, shards=[])
     manifest = read_manifest(out, new)
     shards = manifest["shards"]
     if not shards:
@@ -866,15 +903,12 @@ def write_demo_data(folder):
             documents = []
             for path in part:
                 text = np.frombuffer(path.read_bytes(), np.uint8)
-                documents.append(np.append(np.uint16(256), text))
+                documents += [np.array([256], np.uint16), text]
             path = unfinished / shard_name("python", number)
             shards.append(write_shard(path, np.concatenate(documents)))
+        source = f"standard library of Python {sys.version.split()[0]}"
         manifest = dict(
-            encoding="bytes",
-            vocab_size=257,
-            source=f"standard library of Python {sys.version.split()[0]}",
-            finished=True,
-            shards=shards,
+            encoding="bytes", vocab_size=257, source=source, finished=True, shards=shards
         )
         write_manifest(unfinished, manifest)
         with contextlib.suppress(OSError):
@@ -911,7 +945,12 @@ def parse_args(argv):
     add("--name", help=f"configuration of --dataset ({CONFIG} with the default one)")
     add("--text_column", default="text", help="column that holds the text of a row (%(default)s)")
     add("--encoding", default="gpt2", help="gpt2, or bytes of UTF-8 (%(default)s)")
-    add("--out", type=Path, default="edu_fineweb10B", help="folder of shards (%(default)s)")
+    add(
+        "--out",
+        type=Path,
+        help="folder of shards (edu_fineweb10B, or NAME_tokens for another data set or repository; "
+        "--files has none of its own)",
+    )
     add("--shard_size", type=int, default=100_000_000, help="tokens a shard (%(default)s)")
     add(
         "--max_tokens",
@@ -926,9 +965,16 @@ def parse_args(argv):
         parser.error("--shard_size is at least 2, --max_tokens and --num_workers at least 1")
     if args.pretokenized and args.encoding != "gpt2":
         parser.error("--pretokenized shards are GPT-2 tokens; leave out --encoding")
+    if args.files and not args.out:
+        parser.error("--files needs a folder for its shards; name one with --out")
     if not args.dataset and not args.files:
         args.dataset = DATASET
         args.name = args.name or CONFIG
+    if not args.out:
+        source = args.pretokenized or args.dataset
+        args.out = Path(Path(source).name + "_tokens")
+        if source in (DATASET, PRETOKENIZED) and args.name == CONFIG:
+            args.out = Path("edu_fineweb10B")
     return args
 
 
@@ -952,7 +998,7 @@ def main(argv=None):
         return 1
     except KeyboardInterrupt:
         say("stopped; the same command goes on from the last finished shard", sys.stderr)
-        return 128 + signal.SIGINT
+        return 130
 
 
 def end_by_signal(signum, frame):

@@ -730,7 +730,8 @@ def find_shards(folder, split):
     """The shards of a split, "train" or "val", in file order."""
     # text_val_000000.npy, fineweb_train_000001.bin, and also nanoGPT's train.bin
     pattern = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")
-    return sorted(path for path in folder.glob("*") if pattern.fullmatch(path.name))
+    # Hidden files are not shards: macOS puts ._NAME beside a file on a foreign disk.
+    return sorted(path for path in folder.glob("[!.]*") if pattern.fullmatch(path.name))
 
 
 def read_manifest(folder):
@@ -995,7 +996,7 @@ def save_checkpoint(cfg, step, model, optimizer, scaler, identity):
         optimizer=optimizer.state_dict(),
         scaler=scaler.state_dict(),
         config={f.name: getattr(cfg, f.name) for f in fields(GPT2Config)},
-        train_config=asdict(cfg),
+        train_config=asdict(cfg) | dict(processes=WORLD_SIZE),
         identity=identity,
     )
     # The process may be killed at any moment, so the file gets its name only when all of it is on
@@ -1528,7 +1529,7 @@ def check_same_run(cfg, checkpoint, identity):
         )
     say(f"resuming {cfg.log_dir} after {step:,} steps")
     before = checkpoint["train_config"]
-    now = asdict(cfg)
+    now = asdict(cfg) | dict(processes=WORLD_SIZE)
     changes = [f"{n} {before.get(n)} -> {now[n]}" for n in now if now[n] != before.get(n)]
     if changes:
         say(f"changed since the last start: {', '.join(changes)}")

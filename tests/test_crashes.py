@@ -521,7 +521,8 @@ def test_a_run_goes_on_with_more_processes_and_another_micro_batch(here):
     os.remove("log/checkpoint_00020.pt")
     run_to_end(parts + ["--micro_batch_size=2"])
     os.remove("log/checkpoint_00020.pt")
-    run_to_end(parts, torchrun=TWO_PROCESSES)
+    output = run_to_end(parts, torchrun=TWO_PROCESSES)
+    assert "changed since the last start: micro_batch_size 2 -> 4, processes 1 -> 2" in output
     whole = read_log("whole")
     mixed = read_log("log")
     assert list(mixed["train"]) == list(range(20))

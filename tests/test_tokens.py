@@ -150,6 +150,7 @@ def test_nanogpt_s_train_bin_and_val_bin_are_read_with_and_without_a_header(tmp_
 def test_shards_are_found_by_name_in_order(tmp_path):
     train = ["a_train_000001.npy", "a_train_000002.npy", "fineweb_train_000003.bin", "train.bin"]
     others = ["a_train_1.txt", "training.npy", "manifest.json", "a_train_000001.npy.tmp"]
+    others += ["._a_train_000001.npy", ".b_train_000001.npy", "._train.bin"]
     for name in train[::-1] + others + ["tiny_val.bin"]:
         (tmp_path / name).touch()
     assert [path.name for path in find_shards(tmp_path, "train")] == train
