@@ -16,7 +16,6 @@ The same command continues from there, and makes the shards that an undisturbed 
 
 import argparse
 import bz2
-import codecs
 import contextlib
 import csv
 import glob
@@ -34,7 +33,6 @@ import sysconfig
 import threading
 import time
 import zlib
-from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -95,10 +93,9 @@ def get_encoding(name):
             ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
         except (OSError, ValueError) as error:
             raise SystemExit(
-                "error: the GPT-2 tokenizer can't be downloaded to "
-                f"{os.environ.get('TIKTOKEN_CACHE_DIR', 'its cache')} "
-                f"({shorten(str(error), 300)}); make room there, connect to the network once, or "
-                "let TIKTOKEN_CACHE_DIR name a folder that tiktoken has filled"
+                f"error: the GPT-2 tokenizer can't be downloaded ({shorten(str(error), 300)}); "
+                f"make room in {os.environ.get('TIKTOKEN_CACHE_DIR', 'its cache')}, connect once, "
+                "or let TIKTOKEN_CACHE_DIR name a folder that tiktoken has filled"
             ) from error
     else:
         raise SystemExit(f"error: there is no encoding {name}; choose gpt2 or bytes")
@@ -117,21 +114,15 @@ def get_encoding(name):
 # each row it yields whether a document starts there, and the text, or None where a row has none.
 # It raises a ValueError for a file that can't be understood.
 
+# Bytes that are not UTF-8 become lone surrogates. Valid text has none, so that `tokenize` can tell
+# a broken byte from a U+FFFD that was there before. In JSON, they may also be escaped.
+BROKEN = "surrogateescape"
 # Python's own white space has characters like \x1c, which tiktoken takes for text.
 WHITE_SPACE = " \t\n\r\v\f"
 # No token of GPT-2 extends from a character that is not white space into a space or a line break.
 # So text is cut there, at the last such place within 100,000 characters. Text without one is cut
 # all the same, since tiktoken slows down on long words and gives up on long white space.
 STRETCH = re.compile(r".{1,100000}(?:\Z|(?<=\S)(?=[ \n]))|.{1,100000}", re.DOTALL)
-
-
-def mark_broken(error):
-    """An error handler for decoding: what is not UTF-8 becomes one lone surrogate.
-
-    Valid text has no surrogates, so that `tokenize` can tell a broken byte from a U+FFFD that was
-    there before. Lone surrogates that are escaped in JSON are counted in the same way.
-    """
-    return "\udcff", error.end
 
 
 def read_text(file, column):
@@ -181,14 +172,15 @@ def parse_lines(file):
                 yield json.loads(line)
         except (ValueError, RecursionError) as error:
             # To the parser, every line is the first one.
-            reason = str(error).replace("line 1 ", "")
-            raise ValueError(f"line {number} is not JSON: {reason}") from error
+            raise ValueError(
+                f"line {number} is not JSON: {str(error).replace('line 1 ', '')}"
+            ) from error
 
 
 def read_csv(file, column):
     """Each row of a table is a document. The first line names the columns."""
     table = csv.DictReader(file, strict=True)
-    limit = csv.field_size_limit(2**31 - 1)  # 131,072 characters otherwise
+    csv.field_size_limit(2**31 - 1)  # 131,072 characters otherwise
     try:
         yield from read_rows(table, column)
     except csv.Error as error:
@@ -196,8 +188,6 @@ def read_csv(file, column):
             f"from line {table.line_num + 1} on, it is not CSV ({error}); a quotation mark may not "
             "be closed there, or not be doubled in quoted text"
         ) from error
-    finally:
-        csv.field_size_limit(limit)
 
 
 def read_rows(rows, column):
@@ -214,7 +204,7 @@ def read_rows(rows, column):
 def check_column(column, names):
     if column not in names:
         raise ValueError(
-            f"it has no column {column}, but {', '.join(map(str, names))}; choose with --text_column"
+            f"it has no column {column}, but {', '.join(map(str, names))}; choose --text_column"
         )
 
 
@@ -232,7 +222,7 @@ def read_parquet(file, column):
         if not re.match("(dictionary<values=)?(large_)?string", str(texts.type)):
             raise ValueError(f"column {column} is {texts.type}, no text; choose with --text_column")
         for text in texts.cast(pa.large_binary()).to_pylist():
-            yield True, text if text is None else text.decode("utf-8", "mark")
+            yield True, text if text is None else text.decode("utf-8", BROKEN)
 
 
 def open_zstd(file):
@@ -278,11 +268,11 @@ def read_file(path, column, first_row):
             # Git LFS leaves a few lines of text in place of a file that it has not fetched.
             if packed.peek(64).startswith(b"version https://git-lfs.github.com/spec/"):
                 raise ValueError("it is a Git LFS pointer, and `git lfs pull` fetches the file")
-            size = os.path.getsize(path) or 1
+            size = os.path.getsize(path)
             file = unpack(packed) if unpack else packed
             # The place in the packed file says how much of it was read.
             if reader is not read_parquet:
-                file = io.TextIOWrapper(file, "utf-8-sig", "mark", newline="")
+                file = io.TextIOWrapper(file, "utf-8-sig", BROKEN, newline="")
             rows = []
             length = 0
             for starts, text in islice(reader(file, column), first_row, None):
@@ -308,27 +298,30 @@ def read_file(path, column, first_row):
 def find_files(patterns, out):
     """Return the files that --files means: files, folders with all that lies in them, and globs.
 
-    `out` is not a source. Raises SystemExit if a pattern finds nothing that can be read.
+    A file that is found twice is read once, whatever links lead to it. `out` is not a source.
+    Raises SystemExit if a pattern finds nothing that can be read.
     """
-    found = []
+    found = {}  # real path: path as it was found first
     for pattern in patterns:
         matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
         entered = {out.resolve()}
         paths = []
-        for match in sorted(map(Path, matches)):
-            paths += walk(match, entered)
-        found += keep_readable(paths, f"--files {pattern}")
+        for match in sorted(matches):
+            paths += walk(Path(match), entered)
+        for path in keep_readable(paths, f"--files {pattern}"):
+            if not os.path.isfile(path):
+                raise SystemExit(f"error: {path} is a broken link, or no file; name other files")
+            found.setdefault(os.path.realpath(path), path)
     return found
 
 
 def walk(path, entered):
     """Yield a file, or the files in a folder, without hidden ones. No folder is entered twice, so
     that links which lead back up are harmless."""
-    real_path = path.resolve()
     if not path.is_dir():
         yield str(path)
-    elif real_path not in entered:
-        entered.add(real_path)
+    elif path.resolve() not in entered:
+        entered.add(path.resolve())
         try:
             children = sorted(path.iterdir())
         except OSError as error:
@@ -338,20 +331,6 @@ def walk(path, entered):
         for child in children:
             if not child.name.startswith("."):
                 yield from walk(child, entered)
-
-
-def keep_distinct(paths):
-    """Return local files without repetition, whatever links lead to them. Raises SystemExit if one
-    can't be read."""
-    found = {}  # real path: path as it was found first
-    for path in paths:
-        if not os.path.isfile(path) or not os.access(path, os.R_OK):
-            raise SystemExit(
-                f"error: {path} can't be read: it is closed, a link that leads nowhere, or no file; "
-                "fix its permissions, or name others"
-            )
-        found.setdefault(os.path.realpath(path), path)
-    return list(found.values())
 
 
 def keep_readable(paths, where):
@@ -385,13 +364,17 @@ def take_fingerprint(paths, number):
 # The hub
 
 
-# These failures need no second try. The first are of writing: where Python's errors name no file,
-# and Xet's, which are text. The others are of names, of data sets that need a permission, have no
-# data or are a program, and of HF_HUB_OFFLINE.
-DISK_FAILURE = r"No space left|[Nn]ot enough disk space|quota exceeded|os error (13|30|36)\b"
+# Trying again is of no use where the disk is full or can't be written to. Python's errors then end
+# with the name of a file. Xet's are nothing but text.
+DISK_FAILURE = (
+    r"No space left|[Nn]ot enough disk space|quota exceeded|\[Errno \d+\] [^:]+: ['\"]"
+    r"|os error (13|30|36)\b"
+)
+# Nor is it of use for a name that is not there or can't be one, for a data set that needs a
+# permission, has no data or is a program, or with HF_HUB_OFFLINE.
 LASTING_FAILURE = (
-    r"\b40[14] (Client Error|Not Found|Unauthorized)|ValueError|ValidationError|GatedRepo"
-    "|EmptyDataset|DataFilesNotFound|Dataset scripts|OfflineModeIsEnabled"
+    r"\b40[14] (Client Error|Not Found|Unauthorized)|ValueError|ValidationError|UnicodeDecodeError"
+    "|GatedRepo|EmptyDatasetError|DataFilesNotFound|Dataset scripts|OfflineModeIsEnabled"
 )
 
 
@@ -428,11 +411,10 @@ def download(what, fetch, seconds=None):
             cause = error.__cause__ or error
             reason = f"{type(cause).__name__}: {shorten(str(cause), 300)}"
             failure = f"{type(error)} {type(cause)} {cause}"
-            if re.search(DISK_FAILURE, failure) or getattr(cause, "filename", None):
+            if re.search(DISK_FAILURE, failure):
                 raise SystemExit(
-                    f"error: {what} can't be downloaded, since the disk is full or closed to you "
-                    f"({reason}); make room, there or in the folder that HF_HOME names, and run "
-                    "the same command again"
+                    f"error: {what} can't be written, as the disk is full or read-only ({reason}); "
+                    "make room there, or in HF_HOME's folder, and run the same command again"
                 ) from error
             deadline = deadline or time.monotonic() + 180
             if re.search(LASTING_FAILURE, failure) or time.monotonic() > deadline:
@@ -444,21 +426,34 @@ def download(what, fetch, seconds=None):
         time.sleep(10)
 
 
-def find_hub_files(dataset, name):
+def describe_repository(name):
+    """Return what the hub knows of a data set: its newest commit, and its files."""
+    from huggingface_hub import HfApi
+
+    return download(name, partial(HfApi().dataset_info, name, timeout=10))
+
+
+def find_hub_files(dataset, name, out):
     """Return the newest commit of a data set, and the files of its train split. For a data set that
     is a local folder, these are None and paths."""
     import datasets
-    from huggingface_hub import HfApi
 
     commit = None
     if not os.path.isdir(dataset):
-        commit = download(dataset, partial(HfApi().dataset_info, dataset, timeout=10)).sha
-    where = f"--dataset {dataset}, --name {name}"
+        commit = describe_repository(dataset).sha
+    where = f"--dataset {dataset}, --name {name}, split train"
     load = partial(datasets.load_dataset_builder, dataset, name, revision=commit)
     builder = download(where, load, seconds=120)
-    urls = (builder.config.data_files or {}).get("train", [])
+    urls = builder.config.data_files.get("train", [])
     names = [re.sub("hf://datasets/.+?@[^/]+/", "", str(url)) for url in urls]
-    return commit, keep_readable(names, f"{where}, split train")
+    if not commit:
+        # `datasets` passes over folders that are links or can't be read, and takes a file and a
+        # link to it for two.
+        found = find_files([dataset], out)
+        names = [found.pop(path) for path in map(os.path.realpath, names) if path in found]
+        if found:
+            say(f"{where}: {len(found)} left out: {shorten(', '.join(found.values()), 300)}")
+    return commit, keep_readable(names, where)
 
 
 def download_file(dataset, commit, name, folder):
@@ -468,8 +463,10 @@ def download_file(dataset, commit, name, folder):
     os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_DURATION", "30s")
     from huggingface_hub import hf_hub_download
 
-    source = dict(repo_id=dataset, filename=name, repo_type="dataset", revision=commit)
-    return download(folder / name, partial(hf_hub_download, **source, local_dir=folder))
+    fetch = partial(
+        hf_hub_download, dataset, name, repo_type="dataset", revision=commit, local_dir=folder
+    )
+    return download(folder / name, fetch)
 
 
 def fetch_files(dataset, commit, names, folder):
@@ -483,9 +480,9 @@ def fetch_files(dataset, commit, names, folder):
 
 def results_of(futures, count):
     """Yield the results of futures in their order, while the next `count` of them are under way."""
-    waiting = deque(islice(futures, count))  # Taking a future from the iterator starts its work.
+    waiting = list(islice(futures, count))  # Taking a future from the iterator starts its work.
     while waiting:
-        result = waiting.popleft().result()
+        result = waiting.pop(0).result()
         waiting.extend(islice(futures, 1))
         yield result
 
@@ -523,24 +520,22 @@ def tokenize(place, share, rows):
             try:
                 arrays.append(encode(stretch))
             except UnicodeEncodeError:
-                # There are surrogates in it, which have no UTF-8: see mark_broken.
+                # There are surrogates in it, which have no UTF-8: see BROKEN.
                 repaired, count = re.subn("[\ud800-\udfff]", "\ufffd", stretch)
                 arrays.append(encode(repaired))
                 broken += count
     return place, share, np.concatenate(arrays).astype(np.uint16), skipped, broken
 
 
-def read_pieces(paths, sizes, column, place):
+def read_pieces(paths, count, column, place):
     """Yield (place, share of the source that was read, rows) of pieces, from a place on. A piece
-    is of one file."""
-    total = sum(sizes)
-    done = sum(sizes[: place["file"]])
+    is of one of the `count` files of the source."""
     first_row = place["row"]
     # `paths` begins with the file of the place, and the rows before the place are read again.
     for number, path in enumerate(paths, place["file"]):
         for row, share, rows in read_file(path, column, first_row):
-            yield dict(file=number, row=row), (done + share * sizes[number]) / total, rows
-        done += sizes[number]
+            # The files are taken to be equal in size, as they are in most data sets.
+            yield dict(file=number, row=row), (number + share) / count, rows
         first_row = 0
 
 
@@ -608,15 +603,17 @@ def write_shard(path, tokens):
     content = io.BytesIO()
     np.save(content, tokens)
     write_file(path, content.getbuffer())
-    return describe_shard(path)
+    return describe_shard(path, content.getbuffer())
 
 
-def describe_shard(path):
-    """Return a shard's entry in the manifest, made of its file."""
-    content = np.memmap(path, np.uint8, "r")
+def describe_shard(path, content):
+    """Return the entry in the manifest of a shard with this content, which is bytes."""
     header = 1024 if path.suffix == ".bin" else 128
-    digest = hashlib.sha256(content).hexdigest()
-    return dict(name=path.name, tokens=(len(content) - header) // 2, sha256=digest)
+    return dict(
+        name=path.name,
+        tokens=(len(content) - header) // 2,
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
 
 
 def write_manifest(out, manifest):
@@ -647,19 +644,19 @@ def read_manifest(out, new):
         names = [shard["name"] for shard in manifest["shards"]]
         # A run that was killed may have had no time to note its last shard.
         names += manifest.get("published", [shard_name("text", len(names))])
-    except FileNotFoundError as error:
+    except FileNotFoundError:
         if not new:
             raise SystemExit(
                 f"error: {out} has no manifest.json to check shards against; see --out"
-            ) from error
-    except NotADirectoryError as error:
-        raise SystemExit(f"error: --out {out} is a file, or lies in one; name a folder") from error
+            ) from None
+    except NotADirectoryError:
+        raise SystemExit(f"error: --out {out} is a file, or lies in one; name a folder") from None
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise SystemExit(
             f"error: {out}/manifest.json is no manifest ({error!r}); {advice}"
         ) from error
     # The trainer would take every shard in the folder, whoever made it.
-    for file in sorted(out.glob("*")):
+    for file in out.glob("*"):
         if file.suffix in (".npy", ".bin") and file.name not in names:
             raise SystemExit(f"error: {out} holds other shards ({file.name}); {advice}")
     if not manifest["shards"]:
@@ -672,11 +669,9 @@ def read_manifest(out, new):
             )
     for shard in manifest["shards"]:
         path = out / shard["name"]
-        if new and "published" in manifest and not path.exists():
-            continue  # It is downloaded again.
-        # It is longer if a run was killed before it noted that the last shard has grown.
-        if not path.exists() or path.stat().st_size < 2 * shard["tokens"]:
-            raise SystemExit(f"error: {path} is gone or too short; put it back, or remove {out}")
+        # A published one is downloaded again.
+        if not path.exists() and not (new and "published" in manifest):
+            raise SystemExit(f"error: {path} is gone; put it back, or remove {out}")
     return manifest
 
 
@@ -687,10 +682,10 @@ def locked(out):
     try:
         os.makedirs(out, exist_ok=True)
         lock.acquire(timeout=1)
-    except filelock.Timeout as error:
+    except filelock.Timeout:
         raise SystemExit(
             f"error: another fineweb.py is at work in {out}; wait for it, or choose another --out"
-        ) from error
+        ) from None
     except (OSError, NotImplementedError):
         pass  # Nobody can write there, or the file system has no locks.
     try:
@@ -709,7 +704,7 @@ def locked(out):
 def prepare(args):
     """Tokenise a source into shards in --out, from where an earlier run stopped."""
     out = args.out
-    paths = find_files(args.files, out)
+    paths = list(find_files(args.files, out).values())
     new = dict(
         encoding=args.encoding,
         source=f"{args.dataset or 'local files'}, {args.name or 'all'}, column {args.text_column}",
@@ -726,10 +721,8 @@ def prepare(args):
         manifest["files"] = paths
     elif not manifest["commit"]:
         # Both are noted, so that a later run reads the same files, even if newer ones are there.
-        manifest["commit"], manifest["files"] = find_hub_files(args.dataset, args.name)
-    is_local = manifest["commit"] is None
-    if is_local:
-        manifest["files"] = keep_distinct(manifest["files"])
+        manifest["commit"], manifest["files"] = find_hub_files(args.dataset, args.name, out)
+    commit = manifest["commit"]
     files = manifest["files"]
     first_file = manifest["place"]["file"]
     # What shards have been made of must still be there: otherwise the next ones would be of other
@@ -758,16 +751,13 @@ def prepare(args):
             last = shards.pop()
             start = np.load(out / last["name"])[: last["tokens"]]
     paths = files[first_file:]
-    if not is_local:
-        paths = fetch_files(args.dataset, manifest["commit"], paths, out / DOWNLOADS)
-    # The files of the hub are taken to be equal in size, as they are in most data sets.
-    sizes = [os.path.getsize(path) + 1 if is_local else 1 for path in files]
+    if commit:
+        paths = fetch_files(args.dataset, commit, paths, out / DOWNLOADS)
 
-    codecs.register_error("mark", mark_broken)
     pool = ThreadPoolExecutor(args.num_workers, initializer=start_worker, initargs=[args.encoding])
     bar = tqdm(initial=first_count, unit=" tokens", unit_scale=True, disable=None)
     try:
-        pieces = read_pieces(paths, sizes, args.text_column, manifest["place"])
+        pieces = read_pieces(paths, len(files), args.text_column, manifest["place"])
         tasks = (pool.submit(tokenize, *piece) for piece in pieces)
         # So many are under way that the workers are busy while a shard is written.
         results = results_of(tasks, 8 * args.num_workers)
@@ -786,10 +776,10 @@ def prepare(args):
                     "text were skipped); name another"
                 )
             manifest["place"] = place
-            if is_local:
+            if not commit:
                 manifest["fingerprint"] = take_fingerprint(files, place["file"])
             write_manifest(out, manifest)
-            if not is_local:
+            if commit:
                 for name in files[: place["file"]]:
                     (out / DOWNLOADS / name).unlink(missing_ok=True)
             if len(tokens):
@@ -805,14 +795,14 @@ def finish(out, manifest):
     """Note that the data are finished, remove what is left of the source, and print what there is
     and what one should know about it."""
     if not manifest["finished"]:
-        write_manifest(out, {**manifest, "finished": True})
+        manifest["finished"] = True
+        write_manifest(out, manifest)
     shutil.rmtree(out / DOWNLOADS, ignore_errors=True)
     shards = manifest["shards"]
     if len(shards) == 1:
         say(
-            "warning: all tokens are in the val shard, and there are none to train on; remove "
-            f"{out}, and run the same command with "
-            f"--shard_size {max(2, count_tokens(shards) // 10)}",
+            f"warning: all tokens are in the val shard, and none to train on; remove {out}, and "
+            f"run the same command with --shard_size {max(2, count_tokens(shards) // 10)}",
             sys.stderr,
         )
     else:
@@ -822,11 +812,10 @@ def finish(out, manifest):
             f"{len(manifest['files']):,} files: {shorten(', '.join(names), 300)}; to choose, "
             "change the order of --files, or --shard_size"
         )
-    documents = sum(shard["documents"] for shard in shards)
     say(
-        f"{out}: {len(shards)} shards, {documents:,} documents, {count_tokens(shards):,} tokens; "
-        f"{manifest['skipped']:,} rows without text were skipped, {manifest['broken']:,} broken "
-        "characters were replaced by U+FFFD"
+        f"{out}: {len(shards)} shards, {sum(shard['documents'] for shard in shards):,} documents, "
+        f"{count_tokens(shards):,} tokens; {manifest['skipped']:,} rows without text were skipped, "
+        f"{manifest['broken']:,} broken characters were replaced by U+FFFD"
     )
 
 
@@ -835,20 +824,19 @@ def verify(out):
     shards = read_manifest(out, None)["shards"]
     for shard in shards:
         path = out / shard["name"]
-        if describe_shard(path)["sha256"] != shard["sha256"]:
+        if describe_shard(path, path.read_bytes())["sha256"] != shard["sha256"]:
             raise SystemExit(f"error: {path} is not what manifest.json says; remove {out}")
     say(f"{out}: {len(shards)} shards, {count_tokens(shards):,} tokens, as manifest.json says")
 
 
 def fetch_published(repository, out, limit):
     """Download shards that someone else has tokenised, until there are `limit` tokens."""
-    from huggingface_hub import HfApi
-
-    new = dict(encoding="gpt2", vocab_size=50257, source=repository, shards=[])
-    manifest = read_manifest(out, new)
+    manifest = read_manifest(
+        out, dict(encoding="gpt2", vocab_size=50257, source=repository, shards=[])
+    )
     shards = manifest["shards"]
     if not shards:
-        info = download(repository, partial(HfApi().dataset_info, repository, timeout=10))
+        info = describe_repository(repository)
         names = [
             file.rfilename
             for file in info.siblings
@@ -857,8 +845,8 @@ def fetch_published(repository, out, limit):
         names.sort(key=lambda name: ("val" not in name, name))  # val first
         if len(names) < 2:
             raise SystemExit(
-                f"error: {repository} holds no val and train shards; name a repository with files "
-                "like NAME_train_000001.bin"
+                f"error: {repository} holds no val and train shards, like a_train_000001.bin; name "
+                "another"
             )
         manifest.update(commit=info.sha, published=names)
     manifest["finished"] = False
@@ -870,8 +858,10 @@ def fetch_published(repository, out, limit):
             # This comes first, so that the manifest knows a file before it is there.
             write_manifest(out, manifest)
             download_file(repository, manifest["commit"], name, out)
-            shards[number : number + 1] = [describe_shard(out / name)]
-    write_manifest(out, {**manifest, "finished": True})
+            content = (out / name).read_bytes()
+            shards[number : number + 1] = [describe_shard(out / name, content)]
+    manifest["finished"] = True
+    write_manifest(out, manifest)
     shutil.rmtree(out / ".cache", ignore_errors=True)  # what huggingface_hub notes for itself
     say(f"{out}: {len(shards)} shards, {count_tokens(shards):,} tokens")
 
@@ -903,12 +893,15 @@ def write_demo_data(folder):
             documents = []
             for path in part:
                 text = np.frombuffer(path.read_bytes(), np.uint8)
-                documents += [np.array([256], np.uint16), text]
+                documents += [np.uint16([256]), text]
             path = unfinished / shard_name("python", number)
             shards.append(write_shard(path, np.concatenate(documents)))
-        source = f"standard library of Python {sys.version.split()[0]}"
         manifest = dict(
-            encoding="bytes", vocab_size=257, source=source, finished=True, shards=shards
+            encoding="bytes",
+            vocab_size=257,
+            source=f"standard library of Python {sys.version.split()[0]}",
+            finished=True,
+            shards=shards,
         )
         write_manifest(unfinished, manifest)
         with contextlib.suppress(OSError):
@@ -933,7 +926,7 @@ def parse_args(argv):
         "--files",
         nargs="+",
         default=[],
-        help=f"local text instead: files, folders and globs of {KINDS}",
+        help=f"local text instead: files, folders and globs of {KINDS}; needs --out",
     )
     add(
         "--pretokenized",
@@ -946,10 +939,7 @@ def parse_args(argv):
     add("--text_column", default="text", help="column that holds the text of a row (%(default)s)")
     add("--encoding", default="gpt2", help="gpt2, or bytes of UTF-8 (%(default)s)")
     add(
-        "--out",
-        type=Path,
-        help="folder of shards (edu_fineweb10B, or NAME_tokens for another data set or repository; "
-        "--files has none of its own)",
+        "--out", type=Path, help="folder of shards (edu_fineweb10B; NAME_tokens for another source)"
     )
     add("--shard_size", type=int, default=100_000_000, help="tokens a shard (%(default)s)")
     add(
@@ -1010,8 +1000,9 @@ def end_by_signal(signum, frame):
 
 if __name__ == "__main__":
     # A stream that was closed with `>&-` is None.
-    sys.stdout = sys.stdout or open(os.devnull, "w")
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+    nowhere = open(os.devnull, "w")
+    sys.stdout = sys.stdout or nowhere
+    sys.stderr = sys.stderr or nowhere
     # A file's name may hold characters that the terminal does not know.
     sys.stdout.reconfigure(errors="backslashreplace")
     for signum in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # not on Windows

@@ -1144,13 +1144,13 @@ def lock_log_dir(log_dir):
         raise SystemExit(
             f"error: --log_dir {log_dir} is in use by another run; wait for it, or choose another"
         ) from error
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:
         if not path.exists():
             raise SystemExit(
-                f"error: --log_dir {log_dir} can't be written ({error.strerror}); choose another"
+                f"error: --log_dir {log_dir} can't be written ({first_line(error)}); choose another"
             ) from error
         # Some network file systems have no locks.
-        say(f"{path} can't be locked ({error.strerror}); let no other run use this folder")
+        say(f"{path} can't be locked ({first_line(error)}); let no other run use this folder")
         return contextlib.nullcontext()
 
 

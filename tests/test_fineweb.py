@@ -24,7 +24,7 @@ import pytest
 import tiktoken
 import tiktoken.load
 import tiktoken.registry
-from conftest import ROOT, TINY, python
+from conftest import ROOT, TIKTOKEN_CACHE, TINY, python
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -80,10 +80,10 @@ def assert_shards(out, expected):
         np.testing.assert_array_equal(a, b)
 
 
-def as_nobody(*args, cwd):
+def as_nobody(*args, cwd, imports="mmap"):
     """Run the program as a user without rights. What it imports is read before."""
     script = (
-        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb, mmap\n"
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb, {imports}\n"
         "os.setegid(65534); os.seteuid(65534)\n"
         "sys.exit(fineweb.main(sys.argv[1:]))"
     )
@@ -182,14 +182,22 @@ def test_our_form_of_the_pattern_splits_as_openai_s(text):
     assert tokens == tiktoken.get_encoding("gpt2").encode_ordinary(text)
 
 
-def test_gpt2_encoding_says_what_to_do_where_its_files_are_missing(monkeypatch):
+def test_gpt2_encoding_says_what_to_do_where_its_files_are_missing(tmp_path, monkeypatch):
     def no_network(url):
         raise ConnectionError("no route to host")
+
+    def downloaded(url):
+        return Path(TIKTOKEN_CACHE.name, hashlib.sha1(url.encode()).hexdigest()).read_bytes()
 
     monkeypatch.setattr(tiktoken.load, "read_file", no_network)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     with pytest.raises(SystemExit, match=r"no route to host.*let TIKTOKEN_CACHE_DIR name a folder"):
+        fineweb.get_encoding("gpt2")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(tiktoken.load, "read_file", downloaded)
+    with pytest.raises(SystemExit, match=r"Not a directory.*make room in .*/file/cache, connect"):
         fineweb.get_encoding("gpt2")
     with pytest.raises(SystemExit, match="error: there is no encoding p50k; choose gpt2 or bytes"):
         fineweb.get_encoding("p50k")
@@ -606,7 +614,7 @@ def test_a_resumed_run_tokenises_only_what_is_left(here, monkeypatch):
 
 
 def test_the_progress_bar_has_an_end(here, monkeypatch):
-    """From its first step on, also where the files are not equal in size."""
+    """From its first step on."""
     totals = []
 
     class Bar(fineweb.tqdm):
@@ -619,9 +627,9 @@ def test_the_progress_bar_has_an_end(here, monkeypatch):
 
     monkeypatch.setattr(fineweb, "tqdm", Bar)
     monkeypatch.setattr(fineweb, "PIECE", 20_000)
-    (here / "a.txt").write_text("some words\n" * 10)
-    write_jsonl(here / "b.jsonl", ["some words " * 100] * 1000)
-    command = ["--files", "a.txt", "b.jsonl", "--encoding=bytes"]
+    for name in "ab":
+        write_jsonl(here / f"{name}.jsonl", ["some words " * 100] * 500)
+    command = ["--files", "a.jsonl", "b.jsonl", "--encoding=bytes"]
     run(*command, "--out=out")
     assert all(0.8 < total / 1_100_000 < 1.2 for total in totals[5:])
     totals.clear()
@@ -812,11 +820,132 @@ def test_wrong_input_is_one_line(here, capsys):
         "--files bad.parquet": "bad.parquet can't be read",
         "--files bad.jsonl.gz": "bad.jsonl.gz can't be read",
         "--verify": "has no manifest.json",
-        "--files good.jsonl --out=notes.pdf": "notes.pdf/manifest.json is no manifest",
-    }.items():  # fmt: skip
-        out = [] if "--out" in args else ["--out=out"]
-        assert message in error_of(capsys, *args.split(), *out), args
+    }.items():
+        assert message in error_of(capsys, *args.split(), "--out=out"), args
         assert not (here / "out").exists(), args
+
+
+def test_an_error_in_json_names_its_line_once(here, capsys):
+    (here / "a.jsonl").write_text('{"text": "x"}\n\n  {"text": y}\n')
+    (here / "b.jsonl").write_text('{"text": "x"}\n{"text":\n')  # cut at the end of a line
+    (here / "c.json").write_text('[\n{"text": "x"},\n{"text": y}\n]')
+    for name, where in {
+        "a.jsonl": "line 3 is not JSON: Expecting value: column 12",
+        "b.jsonl": "line 2 is not JSON: Expecting value: column 9",
+        "c.json": "c.json can't be read: Expecting value: line 3 column 10",
+    }.items():
+        error = error_of(capsys, "--files", name, "--out=out")
+        assert where in error and error.count("line ") == 1
+
+
+LFS = """version https://git-lfs.github.com/spec/v1
+oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393
+size 12345
+"""
+
+
+@pytest.mark.parametrize("suffix", ["txt", "md", "jsonl", "json", "csv", "parquet", "txt.gz"])
+def test_what_git_lfs_has_not_fetched_is_an_error_that_says_how_to(suffix, here, capsys):
+    (here / f"a.{suffix}").write_text(LFS)
+    error = error_of(capsys, "--files", ".", "--out=out")
+    assert f"a.{suffix} can't be read: it is a Git LFS pointer, and `git lfs pull` fetches" in error
+    assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "rows, line",
+    [
+        ('one,1\n"two,2\nthree,3\n', 3),  # not closed at all
+        ('one,1\n\n"two\nlines",2\n"three,3\n"four",4\n', 6),  # closed by the next one
+        ('one,1\n"says \\"two\\"",2\n', 3),  # as MySQL writes it
+    ],
+)
+def test_a_quotation_mark_that_is_not_closed_is_an_error_that_names_the_line(
+    rows, line, here, capsys
+):
+    (here / "a.csv").write_text("text,id\n" + rows)
+    error = error_of(capsys, "--files", "a.csv", "--out=out")
+    assert f"a.csv can't be read: from line {line} on, it is not CSV" in error
+    assert "a quotation mark may not be closed there" in error
+
+
+def test_csv_is_read_as_spreadsheets_write_it(here):
+    """Excel's mark and line ends, and quotes that are doubled or in the middle of a field."""
+    lines = ["id,text", '1,"She said ""no"", twice"', '2,"two\nlines, and ""', '"""', '3,5" pipe']
+    lines += ["4,", '5,""', '6,"a\r\nb"']
+    (here / "a.csv").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    run("--files", "a.csv", "--out=out", "--encoding=bytes")
+    documents = ['She said "no", twice', 'two\nlines, and "\r\n"', '5" pipe', "", "", "a\r\nb"]
+    assert_shards("out", shards_of(documents, 1000, BYTES))
+
+
+def test_a_column_of_another_type_is_named_with_its_type(here, capsys):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for kind, array in {
+        "list<element: string>": pa.array([["x"]]),
+        "struct<a: string>": pa.array([{"a": "x"}]),
+        "map<string, string": pa.array([[("x", "y")]], pa.map_(pa.string(), pa.string())),
+        "binary": pa.array([b"x"]),
+        "double": pa.array([0.5]),
+        "null": pa.array([None]),
+    }.items():
+        pq.write_table(pa.table({"text": array}), "a.parquet")
+        error = error_of(capsys, "--files", "a.parquet", "--out=out")
+        assert f"a.parquet can't be read: column text is {kind}" in error
+        assert "no text; choose with --text_column" in error
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with a name")
+def test_what_is_no_file_is_an_error_before_anything_is_read(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("some words")
+    odd = tmp_path / "texts" / "b.txt"
+    for source, make in [
+        ("--dataset", lambda: os.mkfifo(odd)),
+        ("--files", lambda: os.mkfifo(odd)),
+        ("--files", lambda: odd.symlink_to("nowhere")),
+        ("--files", lambda: odd.symlink_to("b.txt")),
+        ("--files", lambda: odd.symlink_to("/dev/zero")),
+    ]:
+        make()
+        command = [ROOT / "fineweb.py", source, "texts", "--out=out", "--encoding=bytes"]
+        done = python(*command, cwd=tmp_path, check=False, timeout=60)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert "error: texts/b.txt is a broken link, or no file" in done.stderr
+        assert not (tmp_path / "out").exists()
+        odd.unlink()
+
+
+@pytest.mark.parametrize("out", ["notes.pdf", "notes.pdf/data", "/dev/null"])
+def test_an_out_that_is_a_file_is_an_error_that_asks_for_a_folder(out, here, capsys):
+    write_jsonl(here / "a.jsonl", ["x"] * 30)
+    (here / "notes.pdf").write_text("precious")
+    for source in "--files=a.jsonl", "--dataset=some/texts", "--pretokenized", "--verify":
+        error = error_of(capsys, source, f"--out={out}")
+        assert f"error: --out {out} is a file, or lies in one; name a folder" in error
+    assert (here / "notes.pdf").read_text() == "precious"
+
+
+def test_shards_of_a_local_data_set_go_to_a_folder_named_after_it(here):
+    (here / "sets" / "texts").mkdir(parents=True)
+    write_jsonl(here / "sets" / "texts" / "a.jsonl", DOCUMENTS)
+    run("--dataset=sets/texts/", "--shard_size=500")
+    for folder in "sets/texts", "sets/texts/", str(here / "sets" / "texts"):
+        run(f"--dataset={folder}", "--verify")
+    assert_shards("texts_tokens", shards_of(DOCUMENTS, 500))
+    assert {path.name for path in here.iterdir()} == {"sets", "texts_tokens"}
+
+
+@pytest.mark.parametrize("more", [[], ["--verify"]])
+def test_files_have_no_folder_of_their_own(more, here, capsys):
+    write_jsonl(here / "a.jsonl", DOCUMENTS)
+    with pytest.raises(SystemExit) as stopped:
+        fineweb.main(["--files", "a.jsonl", *more])
+    assert stopped.value.code == 2
+    assert "--files needs a folder for its shards; name one with --out" in capsys.readouterr().err
+    assert [path.name for path in here.iterdir()] == ["a.jsonl"]
 
 
 def test_wrong_flags_are_usage_errors(here, capsys):
@@ -854,14 +983,14 @@ def test_rows_without_text_are_skipped_and_broken_text_is_replaced(here, capsys)
         "first",
         "half \ufffd emoji",
         "",
-        "bro\ufffdken \ufffd",
-        "mis\ufffdsing \ufffd",
+        "bro\ufffdken \ufffd\ufffd",
+        "mis\ufffd\ufffd\ufffdsing \ufffd",
         "x",
         "y",
     ]
     assert_shards("out", shards_of(documents, 20))
     out = capsys.readouterr().out
-    assert "4 rows without text were skipped, 4 broken characters were replaced" in out
+    assert "4 rows without text were skipped, 7 broken characters were replaced" in out
 
 
 def test_another_runs_shards_are_never_mixed_with(here, capsys):
@@ -900,10 +1029,12 @@ def test_verify_finds_what_is_not_as_it_was(here, capsys):
     assert "text_train_000001.npy is not what manifest.json says" in error_of(
         capsys, "--verify", "--out=out"
     )
-    path.write_bytes(whole[: len(whole) // 2])
-    assert "text_train_000001.npy is gone or too short" in error_of(capsys, "--verify", "--out=out")
+    for size in len(whole) // 2, 0:
+        path.write_bytes(whole[:size])
+        error = error_of(capsys, "--verify", "--out=out")
+        assert "text_train_000001.npy is not what manifest.json says" in error
     path.unlink()
-    assert "text_train_000001.npy is gone or too short" in error_of(capsys, "--verify", "--out=out")
+    assert "text_train_000001.npy is gone; put it back" in error_of(capsys, "--verify", "--out=out")
     path.write_bytes(whole)
     np.save(here / "out" / "x_train_000009.npy", np.zeros(5, np.uint16))
     assert "holds other shards (x_train_000009.npy)" in error_of(capsys, "--verify", "--out=out")
@@ -1054,14 +1185,33 @@ def test_linked_folders_are_read_and_loops_of_links_are_harmless(here):
     assert_shards("out", shards_of(["books", "texts"], 100))
 
 
+def test_a_linked_folder_in_a_data_set_is_said_to_be_left_out(here, capsys):
+    """`datasets` passes over it. A file and a link to it are read once."""
+    for name in "texts/a.txt", "texts/b.txt", "books/c.txt":
+        (here / name).parent.mkdir(exist_ok=True)
+        (here / name).write_text(name)
+    (here / "texts" / "link.txt").symlink_to("a.txt")
+    (here / "texts" / "more").symlink_to("../books")
+    (here / "texts" / "self").symlink_to(".")
+    (here / "texts" / ".git").mkdir()
+    (here / "texts" / ".git" / "d.txt").write_text("hidden")
+    run("--dataset=texts", "--out=out")
+    assert "split train: 1 left out: texts/more/c.txt\n" in capsys.readouterr().out
+    assert_shards("out", shards_of(["texts/a.txt", "texts/b.txt"], 100))
+
+
 @pytest.mark.skipif(not hasattr(os, "setuid") or os.getuid() != 0, reason="root can be others")
-def test_a_folder_that_cannot_be_read_is_an_error(tmp_path):
+@pytest.mark.parametrize("source", ["--files=texts", "--dataset=texts"])
+def test_a_folder_that_cannot_be_read_is_an_error(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home").chmod(0o777)
     (tmp_path / "texts" / "closed").mkdir(parents=True)
     (tmp_path / "texts" / "a.txt").write_text("a")
     (tmp_path / "texts" / "closed").chmod(0)
     for folder in tmp_path, *tmp_path.parents[:2]:
         folder.chmod(0o755)
-    done = as_nobody("--files", "texts", "--out=out", cwd=tmp_path)
+    done = as_nobody(source, "--out=out", cwd=tmp_path, imports="datasets, encodings.idna")
     assert done.returncode == 1
     assert "error: texts/closed can't be read (Permission denied)" in done.stderr
 
@@ -1116,28 +1266,31 @@ def test_a_lone_val_shard_is_a_warning_whose_advice_helps(here, capsys):
     assert_shards("out", shards_of(["some words " * 20], int(advice[1].split()[1])))
 
 
-def test_what_lies_behind_the_place_may_be_mended_or_grow(here, capsys, monkeypatch):
+@pytest.mark.parametrize("source", ["--files=set", "--dataset=set"])
+def test_what_lies_behind_the_place_may_be_mended_or_grow(source, here, capsys, monkeypatch):
     """What lies before it may not."""
     monkeypatch.setattr(fineweb, "PIECE", 2000)  # little of a file is under way
     texts = {name: [f"{name}{i} " + "words " * 9 for i in range(2000)] for name in "abc"}
-    for name, documents in texts.items():
-        write_jsonl(here / f"{name}.jsonl", documents)
-    whole = (here / "c.jsonl").read_bytes()
-    (here / "c.jsonl").write_bytes(b"{damage\n" + whole)
-    command = ["--files", "a.jsonl", "b.jsonl", "c.jsonl", "--out=out", "--encoding=bytes"]
-    command += ["--shard_size=150000", "--num_workers=1"]
-    assert "c.jsonl can't be read" in error_of(capsys, *command)
-    # The second shard will begin in b
-    with open(here / "b.jsonl", "ab") as file:
-        file.write(b'{"text": "new"}\n')
-    (here / "c.jsonl").write_bytes(whole + b'{"text": "new"}\n')
-    before = (here / "a.jsonl").read_bytes()
-    (here / "a.jsonl").write_bytes(before + b'{"text": "new"}\n')
-    assert "have changed" in error_of(capsys, *command)
-    (here / "a.jsonl").write_bytes(before)
+    (here / "set").mkdir()
+    for name, suffix in zip("abc", ["", "", ".gz"], strict=True):
+        write_jsonl(here / "set" / f"{name}.jsonl{suffix}", texts[name])
+    first, second, third = sorted((here / "set").iterdir())
+    whole = third.read_bytes()
+    third.write_bytes(whole[: len(whole) // 2])
+    command = [source, "--out=out", "--encoding=bytes", "--shard_size=200000", "--num_workers=1"]
+    assert "c.jsonl.gz can't be read" in error_of(capsys, *command)
+    # The second shard will begin in b.
+    before = first.read_bytes()
+    new = b'{"text": "new"}\n'
+    for changed in before + new, b" " + before[1:], before[:-2] + b" \n":
+        first.write_bytes(changed)
+        assert "have changed" in error_of(capsys, *command)
+    first.write_bytes(before)
+    second.write_bytes(second.read_bytes() + new)
+    third.write_bytes(whole + gzip.compress(new))
     run(*command)
     documents = texts["a"] + [*texts["b"], "new"] + [*texts["c"], "new"]
-    assert_shards("out", shards_of(documents, 150_000, BYTES))
+    assert_shards("out", shards_of(documents, 200_000, BYTES))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1161,7 +1314,7 @@ def test_what_cannot_be_printed_is_dropped_and_the_work_goes_on(output, tmp_path
     done = shell(f"PROGRAM/{MAKE} out {output}", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert_shards(tmp_path / "out", shards_of(["some words " * 50_000], 50_000, BYTES))
-    done = shell(f"PROGRAM/fineweb.py --files none.txt {output}", cwd=tmp_path)
+    done = shell(f"PROGRAM/fineweb.py --files none.txt --out none {output}", cwd=tmp_path)
     assert done.returncode == 1 and "Exception ignored" not in done.stdout + done.stderr
 
 
@@ -1225,6 +1378,25 @@ def test_main_leaves_the_signals_alone(here):
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_main_leaves_nothing_behind_in_its_process(here, capsys):
+    """After a run that ends well, and one that does not."""
+
+    def state():
+        files = {os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()}
+        threads = {thread.name for thread in threading.enumerate()}
+        return files, threads, dict(os.environ), os.getcwd()
+
+    write_csv(here / "a.csv", DOCUMENTS)
+    (here / "b.csv").write_text('text\n"open')
+    run("--files", "a.csv", "--out=first")
+    before = state()
+    run("--files", "a.csv", "--out=out", "--max_tokens=900")
+    run("--files", "b.csv", "--out=out2", code=1)
+    run("--verify", "--out=out")
+    assert state() == before
 
 
 def test_main_runs_in_any_thread(here):

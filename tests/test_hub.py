@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,11 +222,21 @@ def test_what_the_hub_refuses_is_an_error_at_once(fault, message, texts):
 
 
 def test_wrong_names_are_errors_at_once(texts):
+    for name, files in {
+        "many": {"README.md": CARD.replace("name: default", "name: big"), "data/000.txt": "text"},
+        "program": {"README.md": "a program", "program.py": "import datasets"},
+    }.items():
+        for path, content in files.items():
+            path = texts.folder / "datasets/some" / name / path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
     for args, message in {
         "--dataset=some/others": "some/others can't be downloaded (HTTPStatusError: Client error",
         "--dataset=https://huggingface.co/datasets/some/texts": "Repo id must be in the form",
         "--dataset=some/texts/": "Repo id must be in the form 'repo_name' or 'namespace/repo_name'",
         "--dataset=a/b/c": "Repo id must be in the form 'repo_name' or 'namespace/repo_name'",
+        "--dataset=some/many": "Please pick one among the available configs: ['big', 'small']",
+        "--dataset=some/program": "Dataset scripts are no longer supported, but found program.py",
         "--dataset=some/texts --name=large": "'large' not found. Available: ['default', 'small']",
         "--dataset=some/texts --text_column=body": "it has no column body, but text, url; choose",
     }.items():
@@ -237,6 +248,75 @@ def test_a_data_set_without_data_is_an_error_at_once(hub):
     (hub.folder / "datasets/some/texts/README.md").write_text("nothing yet")
     out = hub.run(*TEXTS, "--out=out", code=1)
     assert "doesn't contain any data files" in out and "trying again" not in out
+
+
+# A client whose downloads go to a full disk, and one where Xet says so
+FULL = CLIENT.replace(
+    "code =",
+    """
+from huggingface_hub import file_download
+http_get = file_download.http_get
+def write_to_a_full_disk(url, file, **options):
+    if "/out/" in file.name:
+        file = open("/dev/full", "wb")
+    http_get(url, file, **options)
+    file.close()
+file_download.http_get = write_to_a_full_disk
+code =""",
+)
+XET = FULL.replace(
+    """open("/dev/full", "wb")""",
+    """None
+        raise RuntimeError("Data processing error: No space left on device (os error 28)")""",
+)
+
+
+@pytest.mark.parametrize(
+    "script, reason",
+    [(FULL, r"OSError: \[Errno 28\] No space left"), (XET, "RuntimeError: Data .* No space left")],
+    ids=["of Python", "of Xet"],
+)
+def test_a_full_disk_ends_a_download_at_once(script, reason, texts, shards):
+    for args, path in {
+        "--dataset=some/texts": "out/downloads/data/000.parquet",
+        "--pretokenized=some/shards": "out/edu_val_000000.bin",
+    }.items():
+        out = texts.run(args, "--out=out", script=script, code=1)
+        assert f"error: {path} can't be written, as the disk is full" in out
+        assert re.search(rf"{reason}.*; make room there", out)
+        assert "trying again" not in out and "paused 0 s" in out
+        shutil.rmtree(texts.work / "out")
+
+
+def test_what_cannot_be_written_ends_a_download_at_once(texts):
+    (texts.work / "home").write_text("a file where the hub's cache would be")
+    out = texts.run(*TEXTS, "--out=out", code=1)
+    assert re.search("can't be written, as the disk is full or read-only .*/home", out)
+    (texts.work / "home").unlink()
+    (texts.work / "out").mkdir()
+    (texts.work / "out" / "downloads").write_text("a file where the downloads would be")
+    out += texts.run(*TEXTS, "--out=out", code=1)
+    assert "error: out/downloads/data/000.parquet can't be written" in out
+    assert "trying again" not in out
+
+
+def test_without_out_the_folder_is_named_after_the_data_set(texts, shards):
+    """All but the default ones."""
+    folder = texts.folder / "datasets"
+    shutil.copytree(folder / "some/texts", folder / "HuggingFaceFW/fineweb-edu")
+    card = folder / "HuggingFaceFW/fineweb-edu/README.md"
+    card.write_text(CARD.replace("default", "sample-10BT"))
+    shutil.copytree(folder / "some/shards", folder / "kjj0/finewebedu10B-gpt2")
+    for args, out in {
+        "--encoding=bytes --name=small": "fineweb-edu_tokens",
+        "--pretokenized=some/shards": "shards_tokens",
+        "--encoding=bytes": "edu_fineweb10B",
+        "--pretokenized": "edu_fineweb10B",
+    }.items():
+        texts.run(*args.split())
+        assert {path.name for path in texts.work.iterdir()} == {"hub", "home", out}
+        texts.run(*args.split(), "--verify")
+        shutil.rmtree(texts.work / out)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -289,24 +369,44 @@ def test_a_limit_leaves_nothing_and_a_higher_one_goes_on(texts):
     assert_whole(texts)
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_a_download_at_once_and_quietly(signum, code, texts):
-    texts.faults = [dict(match="cdn", stall=60, times=10**6)]
-    process = texts.start(*TEXTS, "--out=out", script=PROGRAM)
-    texts.wait_for("cdn")
+@pytest.mark.parametrize(
+    "request_line, signum, code",
+    [
+        ("GET /api/datasets/some/texts$", signal.SIGTERM, 143),  # what is there
+        ("README", signal.SIGINT, 130),  # which files are for training
+        ("cdn", signal.SIGTERM, 143),
+        ("cdn", signal.SIGINT, 130),
+    ],
+)
+def test_a_signal_ends_a_download_at_once_and_quietly(request_line, signum, code, texts):
+    end_while_it_waits(texts, request_line, signum, code, TEXTS)
+    texts.run(*TEXTS, "--out=out")
+    assert_whole(texts)
+
+
+@pytest.mark.parametrize("request_line", ["GET /api/datasets/some/shards$", "cdn"])
+def test_a_signal_ends_a_download_of_shards_at_once_and_quietly(request_line, shards):
+    end_while_it_waits(shards, request_line, signal.SIGTERM, 143, ["--pretokenized=some/shards"])
+    assert published(shards) == (True, NAMES)
+
+
+def end_while_it_waits(hub, request_line, signum, code, args):
+    """Send a signal while the hub lets such a request wait."""
+    hub.faults = [dict(match=request_line, stall=60, times=10**6)]
+    process = hub.start(*args, "--out=out", script=PROGRAM)
+    hub.wait_for(request_line)
     start = time.monotonic()
     process.send_signal(signum)
     _, err = process.communicate(timeout=30)
     assert process.returncode == code and "Traceback" not in err, err
     assert time.monotonic() - start < 3
-    texts.faults = []
-    texts.run(*TEXTS, "--out=out")
-    assert_whole(texts)
+    hub.faults = []
 
 
-def test_a_signal_between_two_tries_is_quiet(texts):
+@pytest.mark.parametrize("source", [TEXTS, ["--pretokenized=some/texts"]])
+def test_a_signal_between_two_tries_is_quiet(source, texts):
     texts.faults = [dict(match="GET /api", status=503, times=10**6)]
-    process = texts.start(*TEXTS, "--out=out", script=PROGRAM)
+    process = texts.start(*source, "--out=out", script=PROGRAM)
     assert "trying again in 10 s" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=20)
