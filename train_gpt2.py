@@ -417,7 +417,13 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(self.gelu(self.c_fc(x)))
+        # This is self.c_fc(x), written so that torch.compile can save time. The gradient of a bias
+        # is the sum of h's gradient over all tokens, for which that large tensor would be read from
+        # memory once more. If each sequence has a bias of its own, (B, 1, 4C), it is summed over T
+        # first, and the compiler does that in passing, while it computes the gradient of GELU.
+        h = F.linear(x, self.c_fc.weight)  # (B, T, 4C)
+        h = h + self.c_fc.bias.expand(len(x), 1, -1).to(h.dtype)
+        return self.c_proj(self.gelu(h))
 
 
 class Block(nn.Module):
@@ -1427,7 +1433,8 @@ def choose_micro_batch_size(cfg, device):
         num_params = 12 * cfg.n_layer * cfg.n_embd**2 + cfg.padded_vocab_size * cfg.n_embd
         # A parameter takes 16 bytes: itself, its gradient and the two moments of AdamW.
         room = 0.9 * torch.cuda.mem_get_info()[0] - 16 * num_params
-        tokens = min(2**16, int(room / activation_bytes_per_token(cfg)))
+        # On an H100, 2^17 tokens were 2% faster than 2^16. More would hardly gain anything.
+        tokens = min(2**17, int(room / activation_bytes_per_token(cfg)))
     return largest_micro_batch(cfg, min(gather_from_ranks(tokens)) // cfg.sequence_length)
 
 
@@ -1604,7 +1611,11 @@ def train(cfg, checkpoint, pretrained):
     ddp_model = compiled_model
     if WORLD_SIZE > 1:
         # DDP averages the gradients of all ranks during the backward pass, beginning with those of
-        # the last layers while the first ones are still being computed.
+        # the last layers while the first ones are still being computed. A compiled model has all of
+        # them ready at once, at the end, unless it is cut into 14 parts, PyTorch's default here. We
+        # estimate that the parts, which fuse less, cost 3.8 ms in each micro-step, and the exchange
+        # at the end costs 2.4 ms a step over NVLink (871 MB per GPU). So the model stays whole.
+        torch._dynamo.config.optimize_ddp = False
         ddp_model = nn.parallel.DistributedDataParallel(
             compiled_model, gradient_as_bucket_view=True
         )

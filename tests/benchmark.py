@@ -8,7 +8,7 @@
     python tests/benchmark.py evaluation   # the share of validation and HellaSwag in a run
     python tests/benchmark.py step         # the training loop against its bare forward and backward
     python tests/benchmark.py memory       # what a step needs, counted, estimated and measured
-    python tests/benchmark.py scaling      # several processes against one
+    python tests/benchmark.py ddp          # several processes against one, and ways of DDP
     python tests/benchmark.py tokenize     # fineweb.py against plain tiktoken
     python tests/benchmark.py hellaswag    # scoring in batches against one question at a time
 
@@ -66,7 +66,7 @@ NOTHING_BUT_STEPS = [
 # What the benchmarks share
 
 
-def print_table(header: list[str], rows: list) -> None:
+def print_table(header: list[str], rows: list):
     """Print a table in Markdown, with everything but the first column to the right."""
     columns = zip(header, *rows, strict=True)
     widths = [max(len(cell) for cell in column) for column in columns]
@@ -84,7 +84,7 @@ def median_ratio(values: list[float], others: list[float]) -> float:
     return float(np.median(np.array(values) / np.array(others)))
 
 
-def hardware(device: torch.device) -> str:
+def hardware(device: torch.device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor()
@@ -103,14 +103,14 @@ def time_calls(function, count: int, device: torch.device) -> float:
     return (time.perf_counter() - start) / count
 
 
-def synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device):
     if device.type == "cuda":
         torch.cuda.synchronize()
     elif device.type == "mps":
         torch.mps.synchronize()
 
 
-def write_random_shards(folder: Path, vocab_size: int) -> None:
+def write_random_shards(folder: Path, vocab_size: int):
     """Write a val and a train shard of random tokens, for the trainer to read."""
     rng = np.random.default_rng(0)
     for name in ("val_000000", "train_000001"):
@@ -143,7 +143,7 @@ def configure(args) -> train_gpt2.TrainConfig:
     return cfg
 
 
-def describe(cfg, what: str) -> None:
+def describe(cfg, what: str):
     batch = f"{cfg.micro_batch_size} × {cfg.sequence_length} tokens"
     print(f"{hardware(torch.device(cfg.device))}:", end=" ")
     print(f"{cfg.model}, {cfg.n_layer} layers, {cfg.dtype}, {batch}, {what}\n", flush=True)
@@ -195,7 +195,7 @@ def make_training_step(cfg, float32_stream=False, fused=True, clip=True):
 # ladder, batch: variants of the step, side by side
 
 
-def take_part(pipe, cfg, variant: dict) -> None:
+def take_part(pipe, cfg, variant: dict):
     """Run in a process of its own: for each number that comes, do so many steps, and send back the
     seconds of one and the peak of memory in bytes. What fails is sent back in words."""
     device = torch.device(cfg.device)
@@ -218,7 +218,7 @@ def take_part(pipe, cfg, variant: dict) -> None:
         pipe.send(str(error).splitlines()[0][:100])
 
 
-def race(contestants: dict, rounds: int, steps: int) -> None:
+def race(contestants: dict, rounds: int, steps: int):
     """Let training steps compete, and print a table. `contestants` has for each name a
     configuration and the variant of the step, as arguments of make_training_step.
 
@@ -294,7 +294,7 @@ def build_nanogpts_step(cfg) -> tuple:
     return theirs, dict(float32_stream=True, fused=cfg.device.startswith("cuda"))
 
 
-def ladder(args) -> None:
+def ladder(args):
     """From a textbook loop to the trainer, idea by idea, without those it does not use here."""
     cfg = configure(args)
     rounds = args.rounds or 5
@@ -323,7 +323,7 @@ def ladder(args) -> None:
     race(rungs, rounds, steps)
 
 
-def batch(args) -> None:
+def batch(args):
     """The trainer's step: at several micro-batches, or at one beside other ways to do it."""
     cfg = configure(args)
     rounds = args.rounds or 5
@@ -357,7 +357,7 @@ KINDS = {
 }
 
 
-def profile(args) -> None:
+def profile(args):
     """The self time of all kernels (on a CPU of all operations) in a step, by kind."""
     cfg = configure(args)
     steps = args.steps or 20
@@ -402,7 +402,7 @@ sys.exit(benchmark.trainer_with_float32_stream().main(sys.argv[1:]))
 """
 
 
-def run_python(arguments: list, folder: Path, **environment) -> None:
+def run_python(arguments: list, folder: Path, **environment):
     """Run Python in a folder. Raises SystemExit if it fails."""
     done = subprocess.run(
         [sys.executable] + arguments,
@@ -426,7 +426,7 @@ def flags_of(cfg, *names: str) -> list[str]:
     return [f"--{name}={getattr(cfg, name)}" for name in names]
 
 
-def residual(args) -> None:
+def residual(args):
     """Pairs of runs that differ in nothing but the residual stream, on real text: the source of
     Python's standard library, in bytes."""
     cfg = replace(configure(args), dtype="bf16")
@@ -476,7 +476,7 @@ def random_questions(count: int, vocab_size: int) -> list:
     return questions
 
 
-def evaluation(args) -> None:
+def evaluation(args):
     """The default validation and all of HellaSwag, from a part of each, beside the 250 steps
     between two of them."""
     cfg = configure(args)
@@ -512,7 +512,7 @@ def evaluation(args) -> None:
 # step: the training loop against its bare forward and backward pass
 
 
-def step(args) -> None:
+def step(args):
     """The loop of train_gpt2.py, with all that it does besides, against forward pass, backward pass
     and optimiser step on a fixed batch, without clipping and without reading anything back.
 
@@ -624,7 +624,7 @@ def count_peak(cfg) -> int:
     return tally.peak
 
 
-def memory(args) -> None:
+def memory(args):
     """Gigabytes of a step in bf16 that is not compiled: counted, as the trainer estimates them when
     it chooses the micro-batch, and measured on a CUDA GPU."""
     models = {"gpt2": False, "gpt2-medium": False, "gpt2-large": True, "gpt2-xl": True}
@@ -652,12 +652,13 @@ def memory(args) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# scaling: several processes against one
+# ddp: several processes against one
 
 
-def scaling(args) -> None:
+def ddp(args):
     """Tokens per second of the trainer on all GPUs, or on a CPU in two processes of one thread,
-    against one of them."""
+    against one of them. On GPUs also with the model cut into parts, as PyTorch does by default, so
+    that gradients are exchanged during the backward pass."""
     cfg = configure(args)
     rounds = args.rounds or 5
     steps = args.steps or 60
@@ -668,22 +669,26 @@ def scaling(args) -> None:
     describe(cfg, f"{rounds} rounds of {steps} steps")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     ways = {
-        "one process": ([], 1),
-        f"{processes} processes": (launcher, processes),
-        f"{processes} processes, 4 micro-steps each": (launcher, 4 * processes),
+        "one process": ([TRAINER], 1),
+        f"{processes} processes": (launcher + [TRAINER], processes),
+        f"{processes} processes, 4 micro-steps each": (launcher + [TRAINER], 4 * processes),
     }
+    if device_type == "cuda":  # where the trainer compiles
+        ways[f"{processes} processes, cut"] = (launcher + ["cut.py"], processes)
     flags = NOTHING_BUT_STEPS + ["--data=.", f"--max_steps={steps}", f"--device={device_type}"]
     flags += flags_of(cfg, "model", "dtype", "micro_batch_size")
     speeds = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as folder:
         write_random_shards(Path(folder), cfg.vocab_size)
+        source = Path(TRAINER).read_text(encoding="utf-8")
+        cut = source.replace("optimize_ddp = False", "optimize_ddp = True")
+        Path(folder, "cut.py").write_text(cut, encoding="utf-8")
         for round_number in range(rounds):
-            for name, (launch, micro_batches) in ways.items():
+            for name, (start, micro_batches) in ways.items():
                 log_dir = Path(folder, f"{name} {round_number}")
                 tokens = micro_batches * cfg.micro_batch_size * cfg.sequence_length
-                arguments = launch + [TRAINER] + flags
-                arguments += [f"--total_batch_size={tokens}", f"--log_dir={log_dir}"]
-                run_python(arguments, folder, OMP_NUM_THREADS="1")
+                arguments = [f"--total_batch_size={tokens}", f"--log_dir={log_dir}"]
+                run_python(start + flags + arguments, folder, OMP_NUM_THREADS="1")
                 all_speeds = read_log(log_dir, "tps")
                 speeds[name].append(statistics.median(all_speeds[steps // 4 :]))  # without a start
     rows = []
@@ -697,7 +702,7 @@ def scaling(args) -> None:
 # tokenize: from text to tokens
 
 
-def write_english(path: Path, megabytes: int) -> None:
+def write_english(path: Path, megabytes: int):
     """Write documents of a few kilobytes as .jsonl. Like web pages they consist of paragraphs, and
     these come from the docstrings of Python's standard library."""
     paragraphs = []
@@ -716,7 +721,7 @@ def write_english(path: Path, megabytes: int) -> None:
             size += len(document)
 
 
-def start_worker() -> None:
+def start_worker():
     """Give a process of a pool an encoding of its own."""
     global encoding
     encoding = tiktoken.get_encoding("gpt2")
@@ -728,7 +733,7 @@ def count_tokens(lines: list[str]) -> int:
     return sum(len(encoding.encode_to_numpy(text)) + 1 for text in texts)
 
 
-def tokenize(args) -> None:
+def tokenize(args):
     """Tokens per second, timed from outside, with the start of all processes and threads."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -808,7 +813,7 @@ def score_one_at_a_time(model, questions, device):
 
 
 @torch.no_grad()
-def score_hellaswag(args) -> None:
+def score_hellaswag(args):
     """Questions per second, in the device's best precision and with random weights."""
     cfg = replace(configure(args), block_size=1024)
     rounds = args.rounds or 5
@@ -851,12 +856,12 @@ PARTS = [
     ("The training loop", "step --micro_batch_size 64 --rounds=6", 90, "--steps=1"),
     ("From the textbook to the trainer", "ladder", 240, "--steps=1"),
     ("Memory", "memory", 120, "--micro_batch_size 1"),
-    ("Several GPUs", "scaling --rounds=1", 150, "--steps=4"),
+    ("Several GPUs", "ddp --rounds=1", 150, "--steps=4"),
 ]
 REHEARSAL = "--device=cpu --model=demo --rounds=1"
 
 
-def gpu(args) -> None:
+def gpu(args):
     """Run all parts, each in a process of its own, so that one that fails or hangs takes nothing
     with it. The report grows part by part."""
     if not args.rehearse and not torch.cuda.is_available():
@@ -927,13 +932,13 @@ COMMANDS = {
     "evaluation": evaluation,
     "step": step,
     "memory": memory,
-    "scaling": scaling,
+    "ddp": ddp,
     "tokenize": tokenize,
     "hellaswag": score_hellaswag,
 }
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

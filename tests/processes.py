@@ -347,12 +347,20 @@ def enter_folder_of_rank():
 
 
 def watch_gradients():
-    """Save the final weights, and when gradients were exchanged, to rank0.pt and rank1.pt."""
+    """Save the final weights, when gradients were exchanged, and how many graphs were compiled, to
+    rank0.pt and rank1.pt."""
     import torch
+    from torch._dynamo.backends.debugging import aot_eager
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+    graphs = []
+
+    def compile_graph(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
     # The same graphs as on a GPU, run as they are
-    torch.compile = partial(torch.compile, backend="aot_eager")
+    torch.compile = partial(torch.compile, backend=compile_graph)
     # Several buckets, though the model is small
     torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 20_000
     events = []
@@ -375,6 +383,7 @@ def watch_gradients():
             return super().forward(*args)
 
         def save(self):
-            torch.save((self.module.state_dict(), events), f"rank{os.environ['RANK']}.pt")
+            result = (self.module.state_dict(), events, len(graphs))
+            torch.save(result, f"rank{os.environ['RANK']}.pt")
 
     torch.nn.parallel.DistributedDataParallel = Watched

@@ -931,8 +931,11 @@ class TestLoopOfAGpu:
     @pytest.mark.parametrize(
         "gigabytes, flags, B",
         [
-            (80, dict(), 64),
+            (80, dict(), 128),
             (80, dict(compile=False), 32),
+            (80, dict(dtype="fp32"), 64),
+            (141, dict(), 128),
+            (48, dict(), 64),
             (24, dict(), 32),
             (6, dict(compile=False), 2),
             (0, dict(), 1),
