@@ -87,6 +87,9 @@ def as_nobody(*args, cwd, imports="mmap"):
         "os.setegid(65534); os.seteuid(65534)\n"
         "sys.exit(fineweb.main(sys.argv[1:]))"
     )
+    for folder in (cwd, *cwd.parents):
+        if "pytest-" in str(folder):  # pytest's folders are open to their owner only
+            folder.chmod(0o755)
     return python("-c", script, *args, cwd=cwd, check=False)
 
 
@@ -1209,8 +1212,6 @@ def test_a_folder_that_cannot_be_read_is_an_error(source, tmp_path, monkeypatch)
     (tmp_path / "texts" / "closed").mkdir(parents=True)
     (tmp_path / "texts" / "a.txt").write_text("a")
     (tmp_path / "texts" / "closed").chmod(0)
-    for folder in tmp_path, *tmp_path.parents[:2]:
-        folder.chmod(0o755)
     done = as_nobody(source, "--out=out", cwd=tmp_path, imports="datasets, encodings.idna")
     assert done.returncode == 1
     assert "error: texts/closed can't be read (Permission denied)" in done.stderr
@@ -1436,8 +1437,6 @@ def test_a_folder_that_cannot_be_written_needs_no_lock(tmp_path):
     command = ["--files", tmp_path / "a.txt", f"--out={tmp_path / 'out'}", "--encoding=bytes"]
     run(*command)
     (tmp_path / "out" / ".lock").unlink()
-    for folder in tmp_path, *tmp_path.parents[:2]:
-        folder.chmod(0o755)
     for more, word in ([], "finished before"), (["--verify"], "as manifest.json says"):
         done = as_nobody(*command, *more, cwd=tmp_path)
         assert done.returncode == 0 and word in done.stdout, done.stderr

@@ -73,7 +73,8 @@ def test_help_explains_every_flag_in_groups(capsys):
 
 
 @pytest.mark.parametrize(
-    "heading, command", [("Run it", "python train_gpt2.py"), ("Test it", "python -m pytest tests")]
+    "heading, command",
+    [("Run it", "python train_gpt2.py"), ("Test it", "python -m pytest tests -n 2")],
 )
 def test_ci_runs_the_commands_of_the_readme(heading, command):
     script = (ROOT / ".ci/run").read_text()
