@@ -413,8 +413,8 @@ def download(what, fetch, seconds=None):
             failure = f"{type(error)} {type(cause)} {cause}"
             if re.search(DISK_FAILURE, failure):
                 raise SystemExit(
-                    f"error: {what} can't be written: the disk is full or read-only ({reason}); make "
-                    "room there, or in the folder of HF_HOME, and run the same command again"
+                    f"error: {what} can't be written: the disk is full or read-only ({reason}); "
+                    "make room there, or in the folder of HF_HOME, and run the same command again"
                 ) from error
             deadline = deadline or time.monotonic() + 180
             if re.search(LASTING_FAILURE, failure) or time.monotonic() > deadline:
