@@ -364,17 +364,14 @@ def take_fingerprint(paths, number):
 # The hub
 
 
-# Trying again is of no use where the disk is full or can't be written to. Python's errors then end
-# with the name of a file. Xet's are nothing but text.
-DISK_FAILURE = (
-    r"No space left|[Nn]ot enough disk space|quota exceeded|\[Errno \d+\] [^:]+: ['\"]"
-    r"|os error (13|30|36)\b"
-)
-# Nor is it of use for a name that is not there or can't be one, for a data set that needs a
-# permission, has no data or is a program, or with HF_HUB_OFFLINE.
+# Trying again is of no use where the disk is full or can't be written to (Python's errors then end
+# with the name of a file, and Xet's are nothing but text), for a name that is not there or can't be
+# one, for a data set that needs a permission, has no data or is a program, or with HF_HUB_OFFLINE.
 LASTING_FAILURE = (
-    r"\b40[14] (Client Error|Not Found|Unauthorized)|ValueError|ValidationError|UnicodeDecodeError"
-    "|GatedRepo|EmptyDatasetError|DataFilesNotFound|Dataset scripts|OfflineModeIsEnabled"
+    r"No space left|[Nn]ot enough disk space|quota exceeded|\[Errno \d+\] [^:]+: ['\"]"
+    r"|os error (13|30|36)\b|\b40[14] (Client Error|Not Found|Unauthorized)|ValueError"
+    "|ValidationError|UnicodeDecodeError|GatedRepo|EmptyDatasetError|DataFilesNotFound"
+    "|Dataset scripts|OfflineModeIsEnabled"
 )
 
 
@@ -411,16 +408,12 @@ def download(what, fetch, seconds=None):
             cause = error.__cause__ or error
             reason = f"{type(cause).__name__}: {shorten(str(cause), 300)}"
             failure = f"{type(error)} {type(cause)} {cause}"
-            if re.search(DISK_FAILURE, failure):
-                raise SystemExit(
-                    f"error: {what} can't be written: the disk is full or read-only ({reason}); "
-                    "make room there, or in the folder of HF_HOME, and run the same command again"
-                ) from error
             deadline = deadline or time.monotonic() + 180
             if re.search(LASTING_FAILURE, failure) or time.monotonic() > deadline:
                 raise SystemExit(
                     f"error: {what} can't be downloaded ({reason}); check the name and the "
-                    "network, or log in with `hf auth login`, and run the same command again"
+                    "network, make room on a full disk, or log in with `hf auth login`, and run "
+                    "the same command again"
                 ) from error
         say(f"{what}: {reason}; trying again in 10 s")
         time.sleep(10)
@@ -669,9 +662,11 @@ def read_manifest(out, new):
             )
     for shard in manifest["shards"]:
         path = out / shard["name"]
-        # A published one is downloaded again.
-        if not path.exists() and not (new and "published" in manifest):
-            raise SystemExit(f"error: {path} is gone; put it back, or remove {out}")
+        if new and "published" in manifest and not path.exists():
+            continue  # It is downloaded again.
+        # It is longer if a run was killed before it noted that the last shard has grown.
+        if not path.exists() or path.stat().st_size < 2 * shard["tokens"]:
+            raise SystemExit(f"error: {path} is gone or too short; put it back, or remove {out}")
     return manifest
 
 

@@ -282,8 +282,9 @@ def test_a_full_disk_ends_a_download_at_once(script, reason, texts, shards):
         "--pretokenized=some/shards": "out/edu_val_000000.bin",
     }.items():
         out = texts.run(args, "--out=out", script=script, code=1)
-        assert f"error: {path} can't be written: the disk is full" in out
-        assert re.search(rf"{reason}.*; make room there", out)
+        assert re.search(
+            rf"error: {path} can't be downloaded \({reason}.*; .* make room on a full disk", out
+        )
         assert "trying again" not in out and "paused 0 s" in out
         shutil.rmtree(texts.work / "out")
 
@@ -291,12 +292,12 @@ def test_a_full_disk_ends_a_download_at_once(script, reason, texts, shards):
 def test_what_cannot_be_written_ends_a_download_at_once(texts):
     (texts.work / "home").write_text("a file where the hub's cache would be")
     out = texts.run(*TEXTS, "--out=out", code=1)
-    assert re.search("can't be written: the disk is full or read-only .*/home", out)
+    assert re.search("can't be downloaded .*/home.*; .* make room on a full disk", out)
     (texts.work / "home").unlink()
     (texts.work / "out").mkdir()
     (texts.work / "out" / "downloads").write_text("a file where the downloads would be")
     out += texts.run(*TEXTS, "--out=out", code=1)
-    assert "error: out/downloads/data/000.parquet can't be written" in out
+    assert "error: out/downloads/data/000.parquet can't be downloaded (" in out
     assert "trying again" not in out
 
 
