@@ -1519,6 +1519,18 @@ def make_demo_data():
     gather_from_ranks(None)  # the other ranks wait here
 
 
+def check_same_files(*found):
+    """Raise SystemExit if the ranks have not found the same. Those on other machines have disks of
+    their own. If these differ, the ranks would average the gradients of different runs, or wait for
+    each other forever."""
+    seen = gather_from_ranks(found)
+    if seen.count(seen[0]) < WORLD_SIZE:
+        raise SystemExit(
+            "error: the processes do not see the same data, checkpoints and HellaSwag questions; "
+            f"give all of them the same files: {seen}"
+        )
+
+
 def check_same_run(cfg, checkpoint, identity):
     """Compare a run with its checkpoint, and say what has changed. Raises SystemExit if the
     checkpoint belongs to another run, or is past the last step."""
@@ -1581,14 +1593,7 @@ def train(cfg, checkpoint, pretrained):
     # Do all ranks see the same run, and does the checkpoint belong to it?
     identity = run_identity(cfg, [train_loader, val_loader])
     step = checkpoint["step"] if checkpoint else 0
-    # Ranks on other machines have disks of their own. If these differ, the ranks would average the
-    # gradients of different runs, or wait for each other forever.
-    seen = gather_from_ranks((identity, step, len(questions)))
-    if seen.count(seen[0]) < WORLD_SIZE:
-        raise SystemExit(
-            "error: the processes do not see the same data, checkpoints and HellaSwag questions; "
-            f"give all of them the same files: {seen}"
-        )
+    check_same_files(identity, step, len(questions))
     if checkpoint:
         check_same_run(cfg, checkpoint, identity)
 
