@@ -16,6 +16,7 @@ The same command continues from there, and makes the shards that an undisturbed 
 
 import argparse
 import bz2
+import codecs
 import contextlib
 import csv
 import glob
@@ -114,15 +115,21 @@ def get_encoding(name):
 # each row it yields whether a document starts there, and the text, or None where a row has none.
 # It raises a ValueError for a file that can't be understood.
 
-# Bytes that are not UTF-8 become lone surrogates. Valid text has none, so that `tokenize` can tell
-# a broken byte from a U+FFFD that was there before. In JSON, they may also be escaped.
-BROKEN = "surrogateescape"
 # Python's own white space has characters like \x1c, which tiktoken takes for text.
 WHITE_SPACE = " \t\n\r\v\f"
 # No token of GPT-2 extends from a character that is not white space into a space or a line break.
 # So text is cut there, at the last such place within 100,000 characters. Text without one is cut
 # all the same, since tiktoken slows down on long words and gives up on long white space.
 STRETCH = re.compile(r".{1,100000}(?:\Z|(?<=\S)(?=[ \n]))|.{1,100000}", re.DOTALL)
+
+
+def mark_broken(error):
+    """An error handler for decoding: what is not UTF-8 becomes one lone surrogate.
+
+    Valid text has no surrogates, so that `tokenize` can tell a broken character from a U+FFFD that
+    was there before. Lone surrogates that are escaped in JSON are counted in the same way.
+    """
+    return "\udcff", error.end
 
 
 def read_text(file, column):
@@ -222,7 +229,7 @@ def read_parquet(file, column):
         if not re.match("(dictionary<values=)?(large_)?string", str(texts.type)):
             raise ValueError(f"column {column} is {texts.type}, no text; choose with --text_column")
         for text in texts.cast(pa.large_binary()).to_pylist():
-            yield True, text if text is None else text.decode("utf-8", BROKEN)
+            yield True, text if text is None else text.decode("utf-8", "mark")
 
 
 def open_zstd(file):
@@ -251,9 +258,8 @@ def find_reader(path):
     unpack = COMPRESSED.get(suffix)
     if unpack:
         suffix = os.path.splitext(stem)[1]
-    if suffix not in READERS or os.path.basename(path) == "manifest.json":
-        return None
-    return READERS[suffix], unpack
+    if suffix in READERS and os.path.basename(path) != "manifest.json":
+        return READERS[suffix], unpack
 
 
 def read_file(path, column, first_row):
@@ -268,18 +274,17 @@ def read_file(path, column, first_row):
             # Git LFS leaves a few lines of text in place of a file that it has not fetched.
             if packed.peek(64).startswith(b"version https://git-lfs.github.com/spec/"):
                 raise ValueError("it is a Git LFS pointer, and `git lfs pull` fetches the file")
-            size = os.path.getsize(path)
             file = unpack(packed) if unpack else packed
             # The place in the packed file says how much of it was read.
             if reader is not read_parquet:
-                file = io.TextIOWrapper(file, "utf-8-sig", BROKEN, newline="")
+                file = io.TextIOWrapper(file, "utf-8-sig", "mark", newline="")
             rows = []
             length = 0
             for starts, text in islice(reader(file, column), first_row, None):
                 rows.append((starts, text))
                 length += len(text or "") + 1
                 if length > PIECE:
-                    yield first_row, packed.tell() / size, rows
+                    yield first_row, packed.tell() / os.path.getsize(path), rows
                     first_row += len(rows)
                     rows = []
                     length = 0
@@ -407,13 +412,13 @@ def download(what, fetch, seconds=None):
             # The clients raise their own exception from the one that says what happened.
             cause = error.__cause__ or error
             reason = f"{type(cause).__name__}: {shorten(str(cause), 300)}"
-            failure = f"{type(error)} {type(cause)} {cause}"
             deadline = deadline or time.monotonic() + 180
-            if re.search(LASTING_FAILURE, failure) or time.monotonic() > deadline:
+            if time.monotonic() > deadline or re.search(
+                LASTING_FAILURE, f"{type(error)} {type(cause)} {cause}"
+            ):
                 raise SystemExit(
-                    f"error: {what} can't be downloaded ({reason}); check the name and the "
-                    "network, make room on a full disk, or log in with `hf auth login`, and run "
-                    "the same command again"
+                    f"error: {what} can't be downloaded ({reason}); check the name and the network"
+                    ", make room on a full disk, or log in with `hf auth login`, and run it again"
                 ) from error
         say(f"{what}: {reason}; trying again in 10 s")
         time.sleep(10)
@@ -436,9 +441,8 @@ def find_hub_files(dataset, name, out):
         commit = describe_repository(dataset).sha
     where = f"--dataset {dataset}, --name {name}, split train"
     load = partial(datasets.load_dataset_builder, dataset, name, revision=commit)
-    builder = download(where, load, seconds=120)
-    urls = builder.config.data_files.get("train", [])
-    names = [re.sub("hf://datasets/.+?@[^/]+/", "", str(url)) for url in urls]
+    files = download(where, load, 120).config.data_files
+    names = [re.sub("hf://datasets/.+?@[^/]+/", "", str(url)) for url in files.get("train", [])]
     if not commit:
         # `datasets` passes over folders that are links or can't be read, and takes a file and a
         # link to it for two.
@@ -456,10 +460,8 @@ def download_file(dataset, commit, name, folder):
     os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_DURATION", "30s")
     from huggingface_hub import hf_hub_download
 
-    fetch = partial(
-        hf_hub_download, dataset, name, repo_type="dataset", revision=commit, local_dir=folder
-    )
-    return download(folder / name, fetch)
+    fetch = partial(hf_hub_download, dataset, name, repo_type="dataset", revision=commit)
+    return download(folder / name, partial(fetch, local_dir=folder))
 
 
 def fetch_files(dataset, commit, names, folder):
@@ -476,7 +478,7 @@ def results_of(futures, count):
     waiting = list(islice(futures, count))  # Taking a future from the iterator starts its work.
     while waiting:
         result = waiting.pop(0).result()
-        waiting.extend(islice(futures, 1))
+        waiting += islice(futures, 1)
         yield result
 
 
@@ -499,7 +501,7 @@ def tokenize(place, share, rows):
     characters were broken.
     """
     encode = partial(WORKER.encoding.encode_to_numpy, disallowed_special=())
-    start = np.array([WORKER.encoding.eot_token], np.uint32)
+    start = np.uint32([WORKER.encoding.eot_token])
     arrays = [start[:0]]  # so that there is something to join for rows without text
     skipped = 0
     broken = 0
@@ -513,22 +515,23 @@ def tokenize(place, share, rows):
             try:
                 arrays.append(encode(stretch))
             except UnicodeEncodeError:
-                # There are surrogates in it, which have no UTF-8: see BROKEN.
+                # There are surrogates in it, which have no UTF-8: see mark_broken.
                 repaired, count = re.subn("[\ud800-\udfff]", "\ufffd", stretch)
                 arrays.append(encode(repaired))
                 broken += count
     return place, share, np.concatenate(arrays).astype(np.uint16), skipped, broken
 
 
-def read_pieces(paths, count, column, place):
+def read_pieces(paths, sizes, column, place):
     """Yield (place, share of the source that was read, rows) of pieces, from a place on. A piece
-    is of one of the `count` files of the source."""
+    is of one file, and `sizes` are those of all files of the source."""
+    ends = np.cumsum(sizes)
     first_row = place["row"]
     # `paths` begins with the file of the place, and the rows before the place are read again.
     for number, path in enumerate(paths, place["file"]):
         for row, share, rows in read_file(path, column, first_row):
-            # The files are taken to be equal in size, as they are in most data sets.
-            yield dict(file=number, row=row), (number + share) / count, rows
+            done = ends[number] - (1 - share) * sizes[number]
+            yield dict(file=number, row=row), done / ends[-1], rows
         first_row = 0
 
 
@@ -596,11 +599,12 @@ def write_shard(path, tokens):
     content = io.BytesIO()
     np.save(content, tokens)
     write_file(path, content.getbuffer())
-    return describe_shard(path, content.getbuffer())
+    return describe_shard(path)
 
 
-def describe_shard(path, content):
-    """Return the entry in the manifest of a shard with this content, which is bytes."""
+def describe_shard(path):
+    """Return a shard's entry in the manifest, made of its file."""
+    content = np.memmap(path, np.uint8, "r")
     header = 1024 if path.suffix == ".bin" else 128
     return dict(
         name=path.name,
@@ -613,9 +617,9 @@ def write_manifest(out, manifest):
     write_file(out / "manifest.json", json.dumps(manifest, indent=1).encode())
 
 
-def shard_name(prefix, number):
+def shard_name(number):
     """The first shard is for validation, all others are to train on."""
-    return f"{prefix}_{'train' if number else 'val'}_{number:06d}.npy"
+    return f"text_{'train' if number else 'val'}_{number:06d}.npy"
 
 
 def count_tokens(shards):
@@ -636,7 +640,7 @@ def read_manifest(out, new):
         manifest = json.loads((out / "manifest.json").read_bytes())
         names = [shard["name"] for shard in manifest["shards"]]
         # A run that was killed may have had no time to note its last shard.
-        names += manifest.get("published", [shard_name("text", len(names))])
+        names += manifest.get("published", [shard_name(len(names))])
     except FileNotFoundError:
         if not new:
             raise SystemExit(
@@ -737,7 +741,7 @@ def prepare(args):
     # From here on, the folder is being filled.
     encoding = get_encoding(args.encoding)
     manifest.update(finished=False, vocab_size=encoding.n_vocab)
-    start = np.zeros(0, np.uint16)
+    start = np.uint16([])
     if shards:
         say(f"{out}: going on after {first_count:,} tokens")
         write_manifest(out, manifest)
@@ -748,11 +752,14 @@ def prepare(args):
     paths = files[first_file:]
     if commit:
         paths = fetch_files(args.dataset, commit, paths, out / DOWNLOADS)
+    # The files of the hub are taken to be equal in size, as they are in most data sets.
+    sizes = [1 if commit else os.path.getsize(path) + 1 for path in files]
 
+    codecs.register_error("mark", mark_broken)
     pool = ThreadPoolExecutor(args.num_workers, initializer=start_worker, initargs=[args.encoding])
     bar = tqdm(initial=first_count, unit=" tokens", unit_scale=True, disable=None)
     try:
-        pieces = read_pieces(paths, len(files), args.text_column, manifest["place"])
+        pieces = read_pieces(paths, sizes, args.text_column, manifest["place"])
         tasks = (pool.submit(tokenize, *piece) for piece in pieces)
         # So many are under way that the workers are busy while a shard is written.
         results = results_of(tasks, 8 * args.num_workers)
@@ -763,7 +770,7 @@ def prepare(args):
                 if not shards:
                     manifest["val_files"] = place["file"] + 1
                     write_manifest(out, manifest)  # No shard is ever without a manifest.
-                shards.append(write_shard(out / shard_name("text", len(shards)), tokens))
+                shards.append(write_shard(out / shard_name(len(shards)), tokens))
                 shards[-1]["documents"] = int(np.count_nonzero(tokens == encoding.eot_token))
             if not shards:
                 raise SystemExit(
@@ -819,7 +826,7 @@ def verify(out):
     shards = read_manifest(out, None)["shards"]
     for shard in shards:
         path = out / shard["name"]
-        if describe_shard(path, path.read_bytes())["sha256"] != shard["sha256"]:
+        if describe_shard(path)["sha256"] != shard["sha256"]:
             raise SystemExit(f"error: {path} is not what manifest.json says; remove {out}")
     say(f"{out}: {len(shards)} shards, {count_tokens(shards):,} tokens, as manifest.json says")
 
@@ -840,8 +847,7 @@ def fetch_published(repository, out, limit):
         names.sort(key=lambda name: ("val" not in name, name))  # val first
         if len(names) < 2:
             raise SystemExit(
-                f"error: {repository} holds no val and train shards, like a_train_000001.bin; name "
-                "another"
+                f"error: {repository} holds no val and train shards (a_train_1.bin); name another"
             )
         manifest.update(commit=info.sha, published=names)
     manifest["finished"] = False
@@ -853,8 +859,7 @@ def fetch_published(repository, out, limit):
             # This comes first, so that the manifest knows a file before it is there.
             write_manifest(out, manifest)
             download_file(repository, manifest["commit"], name, out)
-            content = (out / name).read_bytes()
-            shards[number : number + 1] = [describe_shard(out / name, content)]
+            shards[number : number + 1] = [describe_shard(out / name)]
     manifest["finished"] = True
     write_manifest(out, manifest)
     shutil.rmtree(out / ".cache", ignore_errors=True)  # what huggingface_hub notes for itself
@@ -868,11 +873,13 @@ def write_demo_data(folder):
     appears when it is complete. Raises SystemExit if that fails.
     """
     stdlib = Path(sysconfig.get_path("stdlib"))
-    left_out = r"(^|/)(site-packages|dist-packages|test|tests|idle_test|encodings|pydoc_data)/"
     files = [
         path
         for path in stdlib.rglob("*.py")
-        if not re.search(left_out, path.relative_to(stdlib).as_posix())
+        if not re.search(
+            r"(^|/)(site-packages|dist-packages|test|tests|idle_test|encodings|pydoc_data)/",
+            path.relative_to(stdlib).as_posix(),
+        )
     ]
     held_out = len(files) // 40
     if held_out == 0:
@@ -887,10 +894,8 @@ def write_demo_data(folder):
         for number, part in enumerate([files[:held_out], files[held_out:]]):
             documents = []
             for path in part:
-                text = np.frombuffer(path.read_bytes(), np.uint8)
-                documents += [np.uint16([256]), text]
-            path = unfinished / shard_name("python", number)
-            shards.append(write_shard(path, np.concatenate(documents)))
+                documents += [np.uint16([256]), np.frombuffer(path.read_bytes(), np.uint8)]
+            shards.append(write_shard(unfinished / shard_name(number), np.concatenate(documents)))
         manifest = dict(
             encoding="bytes",
             vocab_size=257,
@@ -917,12 +922,7 @@ def parse_args(argv):
         cores = len(os.sched_getaffinity(0))
     add = parser.add_mutually_exclusive_group().add_argument
     add("--dataset", help=f"text data set on the Hugging Face hub ({DATASET})")
-    add(
-        "--files",
-        nargs="+",
-        default=[],
-        help=f"local text instead: files, folders and globs of {KINDS}; needs --out",
-    )
+    add("--files", nargs="+", default=[], help=f"files, folders and globs of {KINDS}; needs --out")
     add(
         "--pretokenized",
         nargs="?",
@@ -941,7 +941,7 @@ def parse_args(argv):
         "--max_tokens",
         type=int,
         default=2**63,
-        help="stop after this many; a later run with a larger number continues (all)",
+        help="stop after this many; raise it to go on (all)",
     )
     add("--num_workers", type=int, default=cores, help="threads that tokenise (one a core)")
     add("--verify", action="store_true", help="compare the shards in --out with their manifest")
@@ -957,7 +957,7 @@ def parse_args(argv):
         args.name = args.name or CONFIG
     if not args.out:
         source = args.pretokenized or args.dataset
-        args.out = Path(Path(source).name + "_tokens")
+        args.out = Path(f"{Path(source).name}_tokens")
         if source in (DATASET, PRETOKENIZED) and args.name == CONFIG:
             args.out = Path("edu_fineweb10B")
     return args

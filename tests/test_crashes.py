@@ -197,7 +197,7 @@ def test_kills_while_the_demo_s_data_are_written_leave_whole_data_or_none(here):
     trap = At("fineweb.write_demo_data", 1, after=True)
     run_to_end(run, prepare=[library, trap], code=-signal.SIGKILL)
     whole = {path.name: path.read_bytes() for path in data.iterdir()}
-    assert sorted(whole) == ["manifest.json", "python_train_000001.npy", "python_val_000000.npy"]
+    assert sorted(whole) == ["manifest.json", "text_train_000001.npy", "text_val_000000.npy"]
     run_to_end(run, prepare=[library])
     shutil.rmtree(data)
     run_to_end(run + ["--log_dir=again"], prepare=[library])
