@@ -736,7 +736,7 @@ def find_shards(folder, split):
     """The shards of a split, "train" or "val", in file order."""
     # text_val_000000.npy, fineweb_train_000001.bin, and also nanoGPT's train.bin
     pattern = re.compile(rf"(.*_)?{split}(_\d+)?\.(npy|bin)")
-    # Hidden files are not shards: macOS puts ._NAME beside a file on a foreign disk.
+    # Hidden files are not shards. macOS, for example, puts ._NAME beside NAME on foreign disks.
     return sorted(path for path in folder.glob("[!.]*") if pattern.fullmatch(path.name))
 
 
@@ -748,7 +748,8 @@ def read_manifest(folder):
         if folder == DEMO_DATA:  # written later, when the run starts
             return dict(encoding="bytes", vocab_size=257)
         if Path(folder, "meta.pkl").exists():
-            # nanoGPT writes this file where the tokens are not GPT-2's. Opening it could run code.
+            # nanoGPT writes this file only if the tokens are not GPT-2's. It is a pickle, and
+            # opening it could run code.
             raise SystemExit(
                 f"error: {folder} has a meta.pkl of nanoGPT, so its tokens are not GPT-2's; write "
                 f'{path} with {{"encoding": "characters", "vocab_size": 65}}, where vocab_size is '
@@ -1017,7 +1018,7 @@ def save_checkpoint(cfg, step, model, optimizer, scaler, identity):
                 os.fsync(file.fileno())
             partial.replace(path)
         finally:
-            partial.unlink(missing_ok=True)  # which is there only if that failed
+            partial.unlink(missing_ok=True)  # It still exists only if something failed.
     # Older checkpoints may go only now that this one is safe. Newer ones may exist if the run was
     # resumed from an older checkpoint because a newer one was damaged. They stay.
     older = [other for other in checkpoint_paths(path.parent) if step_of(other) <= step]
@@ -1039,7 +1040,7 @@ def checkpoint_paths(log_dir):
 
 
 def what_is_saved(log_dir):
-    """What a run that ends now leaves behind, for its error message."""
+    """What will be left of a run that ends now, for its error message."""
     paths = checkpoint_paths(Path(log_dir))
     if not paths:
         return "there is no checkpoint yet"
@@ -1156,7 +1157,7 @@ def lock_log_dir(log_dir):
                 f"error: --log_dir {log_dir} can't be written ({first_line(error)}); choose another"
             ) from error
         # Some network file systems have no locks.
-        say(f"{path} can't be locked ({first_line(error)}); let no other run use this folder")
+        say(f"{path} can't be locked ({first_line(error)}); keep other runs out of this folder")
         return contextlib.nullcontext()
 
 
@@ -1520,9 +1521,9 @@ def make_demo_data():
 
 
 def check_same_files(*found):
-    """Raise SystemExit if the ranks have not found the same. Those on other machines have disks of
-    their own. If these differ, the ranks would average the gradients of different runs, or wait for
-    each other forever."""
+    """Raise SystemExit if the ranks do not see the same files. Each machine has disks of its own,
+    and if their contents differ, the ranks would average the gradients of different runs, or wait
+    for each other forever."""
     seen = gather_from_ranks(found)
     if seen.count(seen[0]) < WORLD_SIZE:
         raise SystemExit(
@@ -1616,10 +1617,11 @@ def train(cfg, checkpoint, pretrained):
     ddp_model = compiled_model
     if WORLD_SIZE > 1:
         # DDP averages the gradients of all ranks during the backward pass, beginning with those of
-        # the last layers while the first ones are still being computed. A compiled model has all of
-        # them ready at once, at the end, unless it is cut into 14 parts, PyTorch's default here. We
-        # estimate that the parts, which fuse less, cost 3.8 ms in each micro-step, and the exchange
-        # at the end costs 2.4 ms a step over NVLink (871 MB per GPU). So the model stays whole.
+        # the last layers while the first ones are still being computed. A compiled model delivers
+        # all gradients at once, at the end, unless PyTorch cuts it into 14 parts, its default here.
+        # We estimate that the parts, which fuse fewer operations, would cost 3.8 ms in every
+        # micro-step, and that the exchange at the end costs 2.4 ms per step over NVLink (871 MB per
+        # GPU). So the model stays in one piece.
         torch._dynamo.config.optimize_ddp = False
         ddp_model = nn.parallel.DistributedDataParallel(
             compiled_model, gradient_as_bucket_view=True
@@ -1828,7 +1830,7 @@ def main(argv=None):
             time.sleep(5)
         raise
     finally:
-        # In a notebook other code comes next, which should find PyTorch as it is by default.
+        # In a notebook, other code runs next. It should find PyTorch with its defaults.
         torch.use_deterministic_algorithms(False)
         torch.set_float32_matmul_precision("highest")
         if dist.is_initialized():
