@@ -1568,7 +1568,7 @@ def train(cfg, checkpoint, pretrained):
     if cfg.deterministic:
         # Without this setting, cuBLAS may choose another algorithm each time.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(cfg.deterministic)
+        torch.use_deterministic_algorithms(True)
 
     # Samples and HellaSwag need these. Training carries on without them.
     encoding = None
@@ -1813,7 +1813,7 @@ def main(argv=None):
             raise  # --help
         message = error.code
         if RANK != 0:
-            time.sleep(5)  # rank 0 may report the same, and torchrun end all
+            time.sleep(10)  # rank 0 may report the same, and torchrun end all
             message += f" (rank {RANK})"
         get_error_handler().record_exception(error)  # for the end of torchrun's report
         with contextlib.suppress(OSError):
@@ -1831,7 +1831,8 @@ def main(argv=None):
         raise
     finally:
         # In a notebook, other code runs next. It should find PyTorch with its defaults.
-        torch.use_deterministic_algorithms(False)
+        if torch.are_deterministic_algorithms_enabled():
+            torch.use_deterministic_algorithms(False)  # loads the compiler, which takes seconds
         torch.set_float32_matmul_precision("highest")
         if dist.is_initialized():
             time.sleep(0.1)  # gloo's threads still use Python (pytorch issue 179291)

@@ -495,6 +495,15 @@ def test_a_run_in_a_thread_trains(here):
     assert len(losses("log")) == 20
 
 
+def test_an_error_does_not_load_the_compiler_which_takes_seconds(here):
+    flags = ["--data=data"] + TINY + ["--n_head=3"]
+    program = f"import sys, train_gpt2; train_gpt2.main({flags}); "
+    program += "print([name for name in sys.modules if name.startswith('torch._inductor')])"
+    done = python("-c", program, cwd=here, env={"PYTHONPATH": str(PROGRAM.parent)})
+    assert done.stderr.startswith("error: --n_embd 32"), done.stderr
+    assert done.stdout == "[]\n"
+
+
 def test_signal_during_hellaswag_ends_it_and_it_is_done_again(here, monkeypatch):
     write_shards(here / "gpt2", lengths=(500, 5000), encoding="gpt2")
     write_questions(here)
