@@ -80,13 +80,13 @@ class Server(Hub):
         """What a client prints; fails unless it ends with that exit code."""
         self.sent, self.requests = 0, []
         process = self.start(*args, script=script)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=180)
         assert process.returncode == code and "Traceback" not in err, out + err
         return out + err
 
     def wait_for(self, what):
         """Wait until a request was made."""
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while not any(re.search(what, request) for request in self.requests):
             assert time.monotonic() < end, self.requests
             time.sleep(0.01)
@@ -398,9 +398,9 @@ def end_while_it_waits(hub, request_line, signum, code, args):
     hub.wait_for(request_line)
     start = time.monotonic()
     process.send_signal(signum)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == code and "Traceback" not in err, err
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 30  # on the slowest machine
     hub.faults = []
 
 
@@ -410,7 +410,7 @@ def test_a_signal_between_two_tries_is_quiet(source, texts):
     process = texts.start(*source, "--out=out", script=PROGRAM)
     assert "trying again in 10 s" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 143 and "Traceback" not in err, err
     assert not (texts.work / "out").exists()
 

@@ -120,8 +120,8 @@ def test_what_hangs_is_stopped_with_all_that_it_has_started(tmp_path, monkeypatc
         "print(subprocess.Popen(['sleep', '60']).pid, flush=True); signal.pause()"
     )
     started = time.monotonic()
-    failure = real_run.run(program(source), tmp_path / "printed.txt", 1.5)
-    assert time.monotonic() - started < 20
+    failure = real_run.run(program(source), tmp_path / "printed.txt", 4)
+    assert time.monotonic() - started < 40
     assert "it was stopped after" in failure
     pid = (tmp_path / "printed.txt").read_text().strip()
     time.sleep(0.2)
