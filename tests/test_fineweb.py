@@ -295,6 +295,8 @@ def test_every_kind_of_file_is_read_and_gone_on_with(suffix, here, monkeypatch):
     import pyarrow as pa
 
     documents = [d.replace("\r", "") for d in DOCUMENTS]
+    if sys.version_info < (3, 11) and suffix.startswith("csv"):
+        documents.remove("\0")  # Python's csv could neither write nor read it
     path = here / f"a.{suffix}"
     if suffix == "md":
         content = "\n".join(documents).replace("\0", "")
@@ -1390,7 +1392,7 @@ def test_main_leaves_nothing_behind_in_its_process(here, capsys):
         threads = {thread.name for thread in threading.enumerate()}
         return files, threads, dict(os.environ), os.getcwd()
 
-    write_csv(here / "a.csv", DOCUMENTS)
+    write_csv(here / "a.csv", DOCUMENTS[len(ODD) :])
     (here / "b.csv").write_text('text\n"open')
     run("--files", "a.csv", "--out=first")
     before = state()

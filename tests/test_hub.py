@@ -173,19 +173,21 @@ def test_what_the_network_loses_is_fetched_again(faults, texts):
 
 
 @pytest.mark.parametrize(
-    "fault, message",
+    "fault, cause",
     [
-        (dict(match="cdn", status=503), r"000\.parquet can't be downloaded \(.*503 Service"),
-        (dict(match="cdn", status=403), r"000\.parquet can't be downloaded \(.*403 Forbidden"),
-        (dict(match="cdn", short=1000), r"000\.parquet can't be downloaded \(.*but has size"),
-        (dict(match="cdn", drop=0), r"000\.parquet can't be downloaded \(RemoteProtocolError: "),
+        (dict(match="cdn", status=503), "503 .*Service"),
+        (dict(match="cdn", status=403), "403 .*Forbidden"),
+        (dict(match="cdn", short=1000), "has size|416"),
+        (dict(match="cdn", drop=0), "RemoteProtocolError: |ChunkedEncodingError: "),
     ],
 )
-def test_what_stays_lost_is_one_line_with_its_cause(fault, message, texts):
+def test_what_stays_lost_is_one_line_with_its_cause(fault, cause, texts):
+    """The cause is in the words of huggingface_hub, which before version 1.0 are others."""
     texts.faults = [dict(fault, times=10**6)]
     out = texts.run(*TEXTS, "--out=out", code=1)
     errors = [line for line in out.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and re.search(message, errors[0])
+    assert len(errors) == 1
+    assert re.search(rf"000\.parquet can't be downloaded \(.*({cause})", errors[0])
     assert "check the name and the network" in errors[0]
     assert float(re.search(r"paused ([\d.]+) s", out)[1]) > 180
     texts.faults = []  # and what it said to do works
@@ -198,7 +200,7 @@ def test_without_a_network_the_error_comes_after_three_minutes(texts):
     texts.server_close()
     for args in TEXTS, ["--pretokenized"]:
         out = texts.run(*args, "--out=out", code=1)
-        assert "Connection refused); check the name and the network" in out
+        assert re.search(r"(refused|Max retries .*)\); check the name and the network", out)
         assert 180 < float(re.search(r"paused ([\d.]+) s", out)[1]) < 300
         assert not (texts.work / "out").exists()
 
@@ -209,15 +211,15 @@ GATED = dict(X_Error_Code="GatedRepo", X_Error_Message="Access to dataset some/t
 @pytest.mark.parametrize(
     "fault, message",
     [
-        (dict(status=401), "401 Unauthorized"),
-        (dict(status=404), "404 Not Found"),
-        (dict(status=403, headers=GATED), "403 Forbidden"),
+        (dict(status=401), "401 .*Unauthorized"),
+        (dict(status=404), "404 .*Not Found"),
+        (dict(status=403, headers=GATED), "403 .*Forbidden"),
     ],
 )
 def test_what_the_hub_refuses_is_an_error_at_once(fault, message, texts):
     texts.faults = [dict(match="some/texts$", times=10**6, **fault)]
     out = texts.run(*TEXTS, "--out=out", code=1)
-    assert message in out and "log in with `hf auth login`" in out
+    assert re.search(message, out) and "log in with `hf auth login`" in out
     assert "trying again" not in out and not (texts.work / "out").exists()
 
 
@@ -231,7 +233,7 @@ def test_wrong_names_are_errors_at_once(texts):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content)
     for args, message in {
-        "--dataset=some/others": "some/others can't be downloaded (HTTPStatusError: Client error",
+        "--dataset=some/others": "some/others can't be downloaded (HTTP",
         "--dataset=https://huggingface.co/datasets/some/texts": "Repo id must be in the form",
         "--dataset=some/texts/": "Repo id must be in the form 'repo_name' or 'namespace/repo_name'",
         "--dataset=a/b/c": "Repo id must be in the form 'repo_name' or 'namespace/repo_name'",
@@ -257,7 +259,7 @@ FULL = CLIENT.replace(
 from huggingface_hub import file_download
 http_get = file_download.http_get
 def write_to_a_full_disk(url, file, **options):
-    if "/out/" in file.name:
+    if "out/" in str(file.name):
         file = open("/dev/full", "wb")
     http_get(url, file, **options)
     file.close()
