@@ -83,7 +83,7 @@ def assert_shards(out, expected):
 def as_nobody(*args, cwd, imports="mmap"):
     """Run the program as a user without rights. What it imports is read before."""
     script = (
-        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb, {imports}\n"
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import fineweb, locale, {imports}\n"
         "os.setegid(65534); os.seteuid(65534)\n"
         "sys.exit(fineweb.main(sys.argv[1:]))"
     )
