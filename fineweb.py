@@ -84,7 +84,7 @@ GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+))|\
 def get_encoding(name):
     """Return a new tiktoken.Encoding: "gpt2", or "bytes", where a token is a byte of UTF-8.
 
-    Raises SystemExit for another name, and where OpenAI's files for "gpt2" can't be had.
+    Raises SystemExit for any other name, or if OpenAI's files for "gpt2" can't be downloaded.
     """
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
@@ -111,11 +111,11 @@ def get_encoding(name):
 # --------------------------------------------------------------------------------------------------
 # Reading files
 #
-# A reader takes an open file, which is of text for all but Parquet, and the name of a column. For
-# each row it yields whether a document starts there, and the text, or None where a row has none.
-# It raises a ValueError for a file that can't be understood.
+# A reader takes an open file (a text file, except for Parquet) and the name of a column. For each
+# row it yields whether a document starts there, and the row's text, or None if it has no text. It
+# raises ValueError for a file that it can't make sense of.
 
-# Python's own white space has characters like \x1c, which tiktoken takes for text.
+# Python also counts characters like \x1c as white space, but to tiktoken they are text.
 WHITE_SPACE = " \t\n\r\v\f"
 # No token of GPT-2 extends from a character that is not white space into a space or a line break.
 # So text is cut there, at the last such place within 100,000 characters. Text without one is cut
@@ -137,7 +137,7 @@ def read_text(file, column):
     <|endoftext|> belongs to no document."""
     rest = ""
     starts = True
-    to_strip = ""  # white space, once a separator stands before the text
+    to_strip = ""  # becomes WHITE_SPACE after the first separator
     for block in iter(partial(file.read, PIECE), ""):
         if "\0" in block:
             raise ValueError(
@@ -179,9 +179,8 @@ def parse_lines(file):
                 yield json.loads(line)
         except (ValueError, RecursionError) as error:
             # To the parser, every line is the first one.
-            raise ValueError(
-                f"line {number} is not JSON: {str(error).replace('line 1 ', '')}"
-            ) from error
+            problem = str(error).replace("line 1 ", "")
+            raise ValueError(f"line {number} is not JSON: {problem}") from error
 
 
 def read_csv(file, column):
@@ -211,7 +210,7 @@ def read_rows(rows, column):
 def check_column(column, names):
     if column not in names:
         raise ValueError(
-            f"it has no column {column}, but {', '.join(map(str, names))}; choose --text_column"
+            f"it has no column {column}; choose --text_column from {', '.join(map(str, names))}"
         )
 
 
@@ -225,9 +224,9 @@ def read_parquet(file, column):
     check_column(column, table.schema_arrow.names)
     for batch in table.iter_batches(64, columns=[column], use_threads=False):
         texts = batch.column(0)
-        # A list<string> is no text. A dictionary is one, if the strings in it are numbered.
+        # list<string> is not text. A dictionary is, if all it does is number the strings.
         if not re.match("(dictionary<values=)?(large_)?string", str(texts.type)):
-            raise ValueError(f"column {column} is {texts.type}, no text; choose with --text_column")
+            raise ValueError(f"column {column} is {texts.type}, not text; choose --text_column")
         for text in texts.cast(pa.large_binary()).to_pylist():
             yield True, text if text is None else text.decode("utf-8", "mark")
 
@@ -247,7 +246,7 @@ READERS = {
     ".md": read_text,
 }
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zstd}
-KINDS = f"{', '.join(READERS)}, all with {', '.join(COMPRESSED)}, too"
+KINDS = f"{', '.join(READERS)}, also compressed as {', '.join(COMPRESSED)}"
 # What libraries raise for a file that is cut short or damaged; Arrow's errors are ValueErrors.
 DAMAGE = (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError)
 
@@ -258,13 +257,14 @@ def find_reader(path):
     unpack = COMPRESSED.get(suffix)
     if unpack:
         suffix = os.path.splitext(stem)[1]
-    if suffix in READERS and os.path.basename(path) != "manifest.json":
-        return READERS[suffix], unpack
+    if suffix not in READERS or os.path.basename(path) == "manifest.json":
+        return None
+    return READERS[suffix], unpack
 
 
 def read_file(path, column, first_row):
-    """Yield (number of the first row, share of the file that was read, rows) of pieces of a file,
-    which have about a megabyte.
+    """Cut a file into pieces of about a megabyte. Yields, for each of them, the number of its first
+    row, the share of the file that has been read, and its rows.
 
     Raises SystemExit if the file can't be opened or is damaged.
     """
@@ -273,9 +273,9 @@ def read_file(path, column, first_row):
         with open(path, "rb") as packed:
             # Git LFS leaves a few lines of text in place of a file that it has not fetched.
             if packed.peek(64).startswith(b"version https://git-lfs.github.com/spec/"):
-                raise ValueError("it is a Git LFS pointer, and `git lfs pull` fetches the file")
+                raise ValueError("it is a Git LFS pointer; `git lfs pull` fetches the file")
             file = unpack(packed) if unpack else packed
-            # The place in the packed file says how much of it was read.
+            # The position in the packed file shows how much of it has been read.
             if reader is not read_parquet:
                 file = io.TextIOWrapper(file, "utf-8-sig", "mark", newline="")
             rows = []
@@ -301,7 +301,8 @@ def read_file(path, column, first_row):
 
 
 def find_files(patterns, out):
-    """Return the files that --files means: files, folders with all that lies in them, and globs.
+    """Return the files that --files means, as {real path: path}. A pattern is a file, a folder,
+    which stands for everything in it, or a glob.
 
     A file that is found twice is read once, whatever links lead to it. `out` is not a source.
     Raises SystemExit if a pattern finds nothing that can be read.
@@ -346,14 +347,14 @@ def keep_readable(paths, where):
     if not readable:
         raise SystemExit(f"error: {where}: {names or 'no such file'}; name files of {KINDS}")
     if others:
-        say(f"{where}: {len(others):,} of {len(paths):,} files can't be read, left out: {names}")
+        say(f"{where}: {len(others):,} of {len(paths):,} files left out, of another kind: {names}")
     return readable
 
 
 def take_fingerprint(paths, number):
-    """Return a hash by which a later run knows what was read until the given file was reached: all
-    names, size and both ends of the files before, and the beginning of the file itself. What comes
-    after that may still be repaired, or grow."""
+    """Return a hash by which a later run recognises what was read up to the file of this number. It
+    covers the names of all files, the size and both ends of the files before that one, and the
+    beginning of the file itself. What comes later may still be repaired, or grow."""
     known = hashlib.sha256(repr([os.path.basename(path) for path in paths]).encode())
     for i, path in enumerate(paths[: number + 1]):
         with open(path, "rb") as file:
@@ -369,9 +370,9 @@ def take_fingerprint(paths, number):
 # The hub
 
 
-# Trying again is of no use where the disk is full or can't be written to (Python's errors then end
-# with the name of a file, and Xet's are nothing but text), for a name that is not there or can't be
-# one, for a data set that needs a permission, has no data or is a program, or with HF_HUB_OFFLINE.
+# Trying again does not help if the disk is full or can't be written to (Python's errors then end
+# with the name of a file, and Xet's are nothing but text), if a name is wrong, if a data set needs
+# a permission, has no data or is a program, or if HF_HUB_OFFLINE is set.
 LASTING_FAILURE = (
     r"No space left|[Nn]ot enough disk space|quota exceeded|\[Errno \d+\] [^:]+: ['\"]"
     r"|os error (13|30|36)\b|\b40[14] (Client Error|Not Found|Unauthorized)|ValueError"
@@ -383,8 +384,8 @@ LASTING_FAILURE = (
 def in_background(function):
     """Call a function in a daemon thread, and return the future of its result.
 
-    A main thread that waits for a future can be interrupted; inside a library written in another
-    language it can't. And a daemon thread does not keep a program alive that wants to end.
+    Ctrl-C interrupts a main thread that waits for a future, but not one that is inside a library
+    written in another language. And a daemon thread does not keep a program from ending.
     """
     future = Future()
 
@@ -399,10 +400,10 @@ def in_background(function):
 
 
 def download(what, fetch, seconds=None):
-    """Return the result of fetch(), which downloads `what` and may take so many seconds.
+    """Return the result of fetch(), which downloads `what` and may take this many seconds.
 
-    A failure is tried again until three minutes have passed since the first one. Raises SystemExit
-    after that, and at once where trying again is of no use.
+    After a failure, it tries again until three minutes have passed since the first one. Raises
+    SystemExit then, or at once if trying again does not help.
     """
     deadline = None
     while True:
@@ -412,10 +413,9 @@ def download(what, fetch, seconds=None):
             # The clients raise their own exception from the one that says what happened.
             cause = error.__cause__ or error
             reason = f"{type(cause).__name__}: {shorten(str(cause), 300)}"
+            failure = f"{type(error)} {type(cause)} {cause}"
             deadline = deadline or time.monotonic() + 180
-            if time.monotonic() > deadline or re.search(
-                LASTING_FAILURE, f"{type(error)} {type(cause)} {cause}"
-            ):
+            if re.search(LASTING_FAILURE, failure) or time.monotonic() > deadline:
                 raise SystemExit(
                     f"error: {what} can't be downloaded ({reason}); check the name and the network"
                     ", make room on a full disk, or log in with `hf auth login`, and run it again"
@@ -425,7 +425,7 @@ def download(what, fetch, seconds=None):
 
 
 def describe_repository(name):
-    """Return what the hub knows of a data set: its newest commit, and its files."""
+    """Return what the hub knows about a data set: its newest commit, and its files."""
     from huggingface_hub import HfApi
 
     return download(name, partial(HfApi().dataset_info, name, timeout=10))
@@ -444,8 +444,8 @@ def find_hub_files(dataset, name, out):
     files = download(where, load, 120).config.data_files
     names = [re.sub("hf://datasets/.+?@[^/]+/", "", str(url)) for url in files.get("train", [])]
     if not commit:
-        # `datasets` passes over folders that are links or can't be read, and takes a file and a
-        # link to it for two.
+        # `datasets` skips folders that are links or can't be read, and counts a file and a link
+        # to it as two.
         found = find_files([dataset], out)
         names = [found.pop(path) for path in map(os.path.realpath, names) if path in found]
         if found:
@@ -454,8 +454,8 @@ def find_hub_files(dataset, name, out):
 
 
 def download_file(dataset, commit, name, folder):
-    """Download a file of the hub into a folder, unless it is there. Returns its path."""
-    # Xet, through which most files come, would otherwise try again for minutes without a word. It
+    """Download a file of the hub into a folder, unless it is already there. Returns its path."""
+    # Most files come through Xet, which would otherwise try again for minutes without a word. It
     # reads this variable when it is imported.
     os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_DURATION", "30s")
     from huggingface_hub import hf_hub_download
@@ -489,8 +489,8 @@ WORKER = threading.local()
 
 
 def start_worker(encoding_name):
-    # Each thread has an encoding of its own. Threads that share one wait for each other, since the
-    # regex inside has one owner.
+    # Each thread has an encoding of its own. Threads that share one wait for each other, because
+    # only one of them at a time can use the regex inside.
     WORKER.encoding = get_encoding(encoding_name)
 
 
@@ -501,7 +501,7 @@ def tokenize(place, share, rows):
     characters were broken.
     """
     encode = partial(WORKER.encoding.encode_to_numpy, disallowed_special=())
-    start = np.uint32([WORKER.encoding.eot_token])
+    start = np.array([WORKER.encoding.eot_token], np.uint32)
     arrays = [start[:0]]  # so that there is something to join for rows without text
     skipped = 0
     broken = 0
@@ -515,7 +515,7 @@ def tokenize(place, share, rows):
             try:
                 arrays.append(encode(stretch))
             except UnicodeEncodeError:
-                # There are surrogates in it, which have no UTF-8: see mark_broken.
+                # It has surrogates, which UTF-8 can't encode: see mark_broken.
                 repaired, count = re.subn("[\ud800-\udfff]", "\ufffd", stretch)
                 arrays.append(encode(repaired))
                 broken += count
@@ -523,11 +523,11 @@ def tokenize(place, share, rows):
 
 
 def read_pieces(paths, sizes, column, place):
-    """Yield (place, share of the source that was read, rows) of pieces, from a place on. A piece
-    is of one file, and `sizes` are those of all files of the source."""
+    """Yield (place, share of the source that has been read, rows) for each piece, starting at a
+    place. No piece spans two files. `sizes` has all files of the source."""
     ends = np.cumsum(sizes)
     first_row = place["row"]
-    # `paths` begins with the file of the place, and the rows before the place are read again.
+    # `paths` begins with the file of that place, whose earlier rows are read again and dropped.
     for number, path in enumerate(paths, place["file"]):
         for row, share, rows in read_file(path, column, first_row):
             done = ends[number] - (1 - share) * sizes[number]
@@ -538,7 +538,8 @@ def read_pieces(paths, sizes, column, place):
 def fill_shards(results, manifest, start, limit, bar):
     """Yield (place in the source where a shard ends, its tokens) until there are `limit` tokens.
 
-    The first shard begins with `start`. The last one is short, or empty if nothing is left for it.
+    The first shard begins with the tokens `start`. The last one is short, and empty if no tokens
+    are left for it.
     """
     count = count_tokens(manifest["shards"])  # tokens in finished shards
     arrays = [start]  # tokens of the shard that is being filled
@@ -603,7 +604,7 @@ def write_shard(path, tokens):
 
 
 def describe_shard(path):
-    """Return a shard's entry in the manifest, made of its file."""
+    """Return a shard's entry in the manifest, computed from its file."""
     content = np.memmap(path, np.uint8, "r")
     header = 1024 if path.suffix == ".bin" else 128
     return dict(
@@ -618,7 +619,7 @@ def write_manifest(out, manifest):
 
 
 def shard_name(number):
-    """The first shard is for validation, all others are to train on."""
+    """The first shard is for validation, and all others are for training."""
     return f"text_{'train' if number else 'val'}_{number:06d}.npy"
 
 
@@ -627,11 +628,11 @@ def count_tokens(shards):
 
 
 def read_manifest(out, new):
-    """Return the manifest of an earlier run of the same command, or `new`. If that is None, there
-    must be one, and it may be of any command.
+    """Return the manifest that an earlier run of the same command has left, or else `new`. If `new`
+    is None, there must be a manifest, and any command may have made it.
 
-    Raises SystemExit if the manifest is damaged, if shards are missing, and if the folder
-    holds shards that are not noted, or are of another source, encoding or size.
+    Raises SystemExit if the manifest is damaged, if shards are missing, or if the folder holds
+    shards that are not in the manifest, or have another source, encoding or size.
     """
     advice = f"choose another --out, or remove {out}"
     manifest = new
@@ -652,7 +653,7 @@ def read_manifest(out, new):
         raise SystemExit(
             f"error: {out}/manifest.json is no manifest ({error!r}); {advice}"
         ) from error
-    # The trainer would take every shard in the folder, whoever made it.
+    # The trainer would read every shard in the folder, whoever made it.
     for file in out.glob("*"):
         if file.suffix in (".npy", ".bin") and file.name not in names:
             raise SystemExit(f"error: {out} holds other shards ({file.name}); {advice}")
@@ -676,17 +677,17 @@ def read_manifest(out, new):
 
 @contextlib.contextmanager
 def locked(out):
-    """Keep other runs from writing into a folder. Raises SystemExit if another is at work."""
+    """Keep other runs from writing into a folder. Raises SystemExit if one already does."""
     lock = filelock.FileLock(out / ".lock")
     try:
         os.makedirs(out, exist_ok=True)
         lock.acquire(timeout=1)
     except filelock.Timeout:
         raise SystemExit(
-            f"error: another fineweb.py is at work in {out}; wait for it, or choose another --out"
+            f"error: another fineweb.py is writing to {out}; wait for it, or choose another --out"
         ) from None
     except (OSError, NotImplementedError):
-        pass  # Nobody can write there, or the file system has no locks.
+        pass  # The folder can't be written to, or the file system has no locks.
     try:
         yield
     finally:
@@ -701,7 +702,7 @@ def locked(out):
 
 
 def prepare(args):
-    """Tokenise a source into shards in --out, from where an earlier run stopped."""
+    """Tokenise a source into shards in --out, starting where an earlier run stopped."""
     out = args.out
     paths = list(find_files(args.files, out).values())
     new = dict(
@@ -724,35 +725,35 @@ def prepare(args):
     commit = manifest["commit"]
     files = manifest["files"]
     first_file = manifest["place"]["file"]
-    # What shards have been made of must still be there: otherwise the next ones would be of other
-    # text than the manifest says. The files of a commit can't change.
+    # The text that was made into shards must be unchanged, or the next shards would not continue
+    # it. The files of a commit on the hub can't change.
     known = manifest.get("fingerprint")
     if known and known != take_fingerprint(files, first_file):
         raise SystemExit(
-            f"error: {out} holds shards of other text: the files, or what was read of them, have "
-            f"changed; choose another --out, or remove {out}"
+            f"error: {out} holds shards of a different text: the files, or what was read of them, "
+            f"have changed; choose another --out, or remove {out}"
         )
     first_count = count_tokens(shards)
     if first_file == len(files) or first_count >= args.max_tokens:
-        say(f"{out} was finished before")
+        say(f"{out} is already finished")
         finish(out, manifest)
         return
 
     # From here on, the folder is being filled.
     encoding = get_encoding(args.encoding)
     manifest.update(finished=False, vocab_size=encoding.n_vocab)
-    start = np.uint16([])
+    start = np.array([], np.uint16)
     if shards:
-        say(f"{out}: going on after {first_count:,} tokens")
+        say(f"{out}: resuming after {first_count:,} tokens")
         write_manifest(out, manifest)
         if shards[-1]["tokens"] < args.shard_size:
-            # --max_tokens cut this shard short. It is filled up, and written once more.
+            # --max_tokens cut this shard short. It is filled up and written again.
             last = shards.pop()
             start = np.load(out / last["name"])[: last["tokens"]]
     paths = files[first_file:]
     if commit:
         paths = fetch_files(args.dataset, commit, paths, out / DOWNLOADS)
-    # The files of the hub are taken to be equal in size, as they are in most data sets.
+    # Files of the hub are assumed to be of equal size, as they are in most data sets.
     sizes = [1 if commit else os.path.getsize(path) + 1 for path in files]
 
     codecs.register_error("mark", mark_broken)
@@ -761,11 +762,11 @@ def prepare(args):
     try:
         pieces = read_pieces(paths, sizes, args.text_column, manifest["place"])
         tasks = (pool.submit(tokenize, *piece) for piece in pieces)
-        # So many are under way that the workers are busy while a shard is written.
+        # Enough pieces are under way to keep the workers busy while a shard is written.
         results = results_of(tasks, 8 * args.num_workers)
         for place, tokens in fill_shards(results, manifest, start, args.max_tokens, bar):
-            # What is written first, the shard or the manifest, matters: a run that is killed in
-            # between makes the same shard again.
+            # A shard is written before its entry in the manifest, so a run that is killed between
+            # the two makes the same shard again.
             if len(tokens):
                 if not shards:
                     manifest["val_files"] = place["file"] + 1
@@ -787,15 +788,14 @@ def prepare(args):
             if len(tokens):
                 say(f"{out / shards[-1]['name']}: {len(tokens):,} tokens")
     finally:
-        # Also after an error or a signal: the pieces that are waiting are not tokenised any more.
+        # After an error or a signal, the pieces that are still waiting are not tokenised.
         bar.close()
         pool.shutdown(cancel_futures=True)
     finish(out, manifest)
 
 
 def finish(out, manifest):
-    """Note that the data are finished, remove what is left of the source, and print what there is
-    and what one should know about it."""
+    """Note that the data are finished, remove what is left of the source, and print a summary."""
     if not manifest["finished"]:
         manifest["finished"] = True
         write_manifest(out, manifest)
@@ -803,8 +803,9 @@ def finish(out, manifest):
     shards = manifest["shards"]
     if len(shards) == 1:
         say(
-            f"warning: all tokens are in the val shard, and none to train on; remove {out}, and "
-            f"run the same command with --shard_size {max(2, count_tokens(shards) // 10)}",
+            "warning: all tokens are in the val shard, and none are left to train on; remove "
+            f"{out}, and run the same command with "
+            f"--shard_size {max(2, count_tokens(shards) // 10)}",
             sys.stderr,
         )
     else:
@@ -847,7 +848,8 @@ def fetch_published(repository, out, limit):
         names.sort(key=lambda name: ("val" not in name, name))  # val first
         if len(names) < 2:
             raise SystemExit(
-                f"error: {repository} holds no val and train shards (a_train_1.bin); name another"
+                f"error: {repository} has no val and train shards (NAME_train_000001.bin); name "
+                "another repository"
             )
         manifest.update(commit=info.sha, published=names)
     manifest["finished"] = False
@@ -862,39 +864,38 @@ def fetch_published(repository, out, limit):
             shards[number : number + 1] = [describe_shard(out / name)]
     manifest["finished"] = True
     write_manifest(out, manifest)
-    shutil.rmtree(out / ".cache", ignore_errors=True)  # what huggingface_hub notes for itself
+    shutil.rmtree(out / ".cache", ignore_errors=True)  # huggingface_hub's own notes
     say(f"{out}: {len(shards)} shards, {count_tokens(shards):,} tokens")
 
 
 def write_demo_data(folder):
-    """Write the source of Python's standard library as shards of bytes, for a first try.
+    """Write the source code of Python's standard library as shards of bytes, for a first try.
 
     Tests and generated tables are left out, and one file in forty is for validation. The folder
-    appears when it is complete. Raises SystemExit if that fails.
+    appears only when it is complete. Raises SystemExit if that fails.
     """
     stdlib = Path(sysconfig.get_path("stdlib"))
+    left_out = r"(^|/)(site-packages|dist-packages|test|tests|idle_test|encodings|pydoc_data)/"
     files = [
         path
         for path in stdlib.rglob("*.py")
-        if not re.search(
-            r"(^|/)(site-packages|dist-packages|test|tests|idle_test|encodings|pydoc_data)/",
-            path.relative_to(stdlib).as_posix(),
-        )
+        if not re.search(left_out, path.relative_to(stdlib).as_posix())
     ]
     held_out = len(files) // 40
     if held_out == 0:
         raise SystemExit(f"error: {stdlib} has no source of Python's library; use --data")
-    # The split depends on the order of the files, and each file system has another one.
+    # The split depends on the order of the files, which differs between file systems.
     files.sort(key=lambda path: (path.parent.parts, path.name))
     np.random.RandomState(0).shuffle(files)
+    start = np.array([256], np.uint16)
     shards = []
-    # Each rank may write the data, and the first one that is ready gives its folder the name.
+    # Every rank may write the data. The first to finish gives its folder the final name.
     unfinished = folder.with_suffix(f".{os.environ.get('RANK', os.getpid())}.tmp")
     try:
         for number, part in enumerate([files[:held_out], files[held_out:]]):
             documents = []
             for path in part:
-                documents += [np.uint16([256]), np.frombuffer(path.read_bytes(), np.uint8)]
+                documents += [start, np.frombuffer(path.read_bytes(), np.uint8)]
             shards.append(write_shard(unfinished / shard_name(number), np.concatenate(documents)))
         manifest = dict(
             encoding="bytes",
@@ -915,7 +916,7 @@ def write_demo_data(folder):
 
 
 def parse_args(argv):
-    """Return the command line, checked."""
+    """Parse the command line, and check it."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
@@ -936,14 +937,14 @@ def parse_args(argv):
     add(
         "--out", type=Path, help="folder of shards (edu_fineweb10B; NAME_tokens for another source)"
     )
-    add("--shard_size", type=int, default=100_000_000, help="tokens a shard (%(default)s)")
+    add("--shard_size", type=int, default=100_000_000, help="tokens per shard (%(default)s)")
     add(
         "--max_tokens",
         type=int,
         default=2**63,
-        help="stop after this many; raise it to go on (all)",
+        help="stop after this many; a later run may raise it (all)",
     )
-    add("--num_workers", type=int, default=cores, help="threads that tokenise (one a core)")
+    add("--num_workers", type=int, default=cores, help="threads that tokenise (one per core)")
     add("--verify", action="store_true", help="compare the shards in --out with their manifest")
     args = parser.parse_args(argv)
     if min(args.shard_size - 1, args.max_tokens, args.num_workers) < 1:
@@ -982,13 +983,13 @@ def main(argv=None):
         say(stop.code, sys.stderr)
         return 1
     except KeyboardInterrupt:
-        say("stopped; the same command goes on from the last finished shard", sys.stderr)
+        say("stopped; the same command continues from the last finished shard", sys.stderr)
         return 130
 
 
 def end_by_signal(signum, frame):
-    """A signal handler that ends the program by an exception, so that it cleans up. A second signal
-    of this kind does not disturb it."""
+    """End the program by an exception, so that it cleans up. A second signal of the same kind does
+    not disturb that."""
     signal.signal(signum, signal.SIG_IGN)
     sys.exit(128 + signum)
 
@@ -998,9 +999,9 @@ if __name__ == "__main__":
     nowhere = open(os.devnull, "w")
     sys.stdout = sys.stdout or nowhere
     sys.stderr = sys.stderr or nowhere
-    # A file's name may hold characters that the terminal does not know.
+    # A file's name may have characters that the terminal can't show.
     sys.stdout.reconfigure(errors="backslashreplace")
     for signum in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # not on Windows
-        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup has it ignored.
+        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP.
             signal.signal(signum, end_by_signal)
     sys.exit(main())

@@ -341,7 +341,7 @@ def test_what_is_left_out_is_named_and_counted(here, capsys):
     run("--files", "corp/*", "--out=out", "--shard_size=1000")
     out = capsys.readouterr().out
     assert (
-        "--files corp/*: 3 of 8 files can't be read, left out: "
+        "--files corp/*: 3 of 8 files left out, of another kind: "
         "corp/sub/manifest.json, corp/x.pdf, corp/y.docx\n" in out
     )
     assert " 5 documents" in out
@@ -648,7 +648,7 @@ def test_a_finished_run_says_so_at_once(here, capsys, monkeypatch):
     run(*command)
     monkeypatch.setattr(fineweb, "get_encoding", None)  # not even that
     run(*command)
-    assert "out was finished before" in capsys.readouterr().out
+    assert "out is already finished" in capsys.readouterr().out
 
 
 def test_max_tokens_cuts_and_a_later_run_with_more_goes_on(here, capsys):
@@ -811,11 +811,11 @@ def test_wrong_input_is_one_line(here, capsys):
         "--files *.tsv": "--files *.tsv: no such file",
         "--files folder": "--files folder: no such file; name files of .parquet",
         "--files notes.pdf": "--files notes.pdf: notes.pdf; name files of .parquet",
-        "--files rows.csv": "rows.csv can't be read: it has no column text, but id, body; choose",
+        "--files rows.csv": "no column text; choose --text_column from id, body",
         "--files list.json": "list.json can't be read: row 2 is not a JSON object",
         "--files cut.json": "cut.json can't be read",
         "--files good.jsonl --text_column=body": "good.jsonl can't be read: it has no column body",
-        "--files good.parquet --text_column=body": "it has no column body, but text, id, score",
+        "--files good.parquet --text_column=body": "choose --text_column from text, id, score",
         "--files bad.jsonl": "bad.jsonl can't be read: line 3 is not JSON: Expecting value",
         "--files list.jsonl": "list.jsonl can't be read: row 2 is not a JSON object",
         "--files nulls.jsonl": "there is no text in the source (2 rows without text were skipped)",
@@ -853,7 +853,7 @@ size 12345
 def test_what_git_lfs_has_not_fetched_is_an_error_that_says_how_to(suffix, here, capsys):
     (here / f"a.{suffix}").write_text(LFS)
     error = error_of(capsys, "--files", ".", "--out=out")
-    assert f"a.{suffix} can't be read: it is a Git LFS pointer, and `git lfs pull` fetches" in error
+    assert f"a.{suffix} can't be read: it is a Git LFS pointer; `git lfs pull` fetches" in error
     assert not (here / "out").exists()
 
 
@@ -899,7 +899,7 @@ def test_a_column_of_another_type_is_named_with_its_type(here, capsys):
         pq.write_table(pa.table({"text": array}), "a.parquet")
         error = error_of(capsys, "--files", "a.parquet", "--out=out")
         assert f"a.parquet can't be read: column text is {kind}" in error
-        assert "no text; choose with --text_column" in error
+        assert "not text; choose --text_column" in error
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with a name")
@@ -1010,7 +1010,7 @@ def test_another_runs_shards_are_never_mixed_with(here, capsys):
         "--shard_size=600": "the shard_size is 600, and was 500",
         "--encoding=bytes": "the encoding is bytes, and was gpt2",
         "--text_column=id": "column id, and was local files, all, column text",
-        "--files=b.jsonl": "other text: the files, or what was read of them, have changed",
+        "--files=b.jsonl": "a different text: the files, or what was read of them, have changed",
         "--dataset=set": "the source is set, all, column text, and was local",
         "--out=other": "other holds other shards (text_val_000000.npy)",
     }.items():
@@ -1422,11 +1422,11 @@ def test_a_second_run_in_a_folder_says_that_another_is_at_work_there(tmp_path, c
     first.send_signal(signal.SIGSTOP)
     for source in f"--files={tmp_path / 'a.txt'}", "--pretokenized=a/b":
         error = error_of(capsys, source, f"--out={out}")
-        assert f"another fineweb.py is at work in {out}; wait for it" in error
+        assert f"another fineweb.py is writing to {out}; wait for it" in error
     run("--verify", f"--out={out}")
     first.kill()
     second = subprocess.Popen(command, **how)  # a killed one is in nobody's way
-    assert "going on after" in second.stdout.readline()
+    assert "resuming after" in second.stdout.readline()
     for process in first, second:
         process.kill()
         process.communicate()
@@ -1439,7 +1439,7 @@ def test_a_folder_that_cannot_be_written_needs_no_lock(tmp_path):
     command = ["--files", tmp_path / "a.txt", f"--out={tmp_path / 'out'}", "--encoding=bytes"]
     run(*command)
     (tmp_path / "out" / ".lock").unlink()
-    for more, word in ([], "finished before"), (["--verify"], "as manifest.json says"):
+    for more, word in ([], "already finished"), (["--verify"], "as manifest.json says"):
         done = as_nobody(*command, *more, cwd=tmp_path)
         assert done.returncode == 0 and word in done.stdout, done.stderr
 

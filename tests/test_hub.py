@@ -240,7 +240,7 @@ def test_wrong_names_are_errors_at_once(texts):
         "--dataset=some/many": "Please pick one among the available configs: ['big', 'small']",
         "--dataset=some/program": "Dataset scripts are no longer supported, but found program.py",
         "--dataset=some/texts --name=large": "'large' not found. Available: ['default', 'small']",
-        "--dataset=some/texts --text_column=body": "it has no column body, but text, url; choose",
+        "--dataset=some/texts --text_column=body": "body; choose --text_column from text, url",
     }.items():
         out = texts.run(*args.split(), "--encoding=bytes", "--out=out", code=1)
         assert message in out and "trying again" not in out, out
@@ -525,7 +525,7 @@ def test_a_repository_without_shards_is_an_error(shards):
     for name in NAMES[1:]:
         (shards.folder / "datasets/some/shards" / name).unlink()
     out = shards.run("--pretokenized=some/shards", "--out=out", code=1)
-    assert "some/shards holds no val and train shards" in out
+    assert "some/shards has no val and train shards" in out
     assert not (shards.work / "out").exists()
 
 
