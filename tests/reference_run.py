@@ -107,7 +107,7 @@ def train(cfg, seconds_to_train: float, end: float) -> None:
             break
         model.train()
         started = time.perf_counter()
-        # Where the reference is the faster one, it goes on at the lowest rate, as in the lecture.
+        # If the reference is faster, it continues at the lowest rate, as in the lecture.
         lr = trainer.get_lr(min(step, cfg.max_steps), cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr
