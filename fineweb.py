@@ -226,7 +226,9 @@ def read_parquet(file, column):
         texts = batch.column(0)
         # list<string> is not text. A dictionary is, if all it does is number the strings.
         if not re.match("(dictionary<values=)?(large_)?string", str(texts.type)):
-            raise ValueError(f"column {column} is {texts.type}, not text; choose --text_column")
+            raise ValueError(
+                f"column {column} is {texts.type}, not text; choose another --text_column"
+            )
         for text in texts.cast(pa.large_binary()).to_pylist():
             yield True, text if text is None else text.decode("utf-8", "mark")
 

@@ -811,17 +811,19 @@ def test_wrong_input_is_one_line(here, capsys):
         "--files *.tsv": "--files *.tsv: no such file",
         "--files folder": "--files folder: no such file; name files of .parquet",
         "--files notes.pdf": "--files notes.pdf: notes.pdf; name files of .parquet",
-        "--files rows.csv": "no column text; choose --text_column from id, body",
+        "--files rows.csv": "rows.csv can't be read: it has no column text; "
+        "choose --text_column from id, body",
         "--files list.json": "list.json can't be read: row 2 is not a JSON object",
         "--files cut.json": "cut.json can't be read",
         "--files good.jsonl --text_column=body": "good.jsonl can't be read: it has no column body",
-        "--files good.parquet --text_column=body": "choose --text_column from text, id, score",
+        "--files good.parquet --text_column=body": "it has no column body; "
+        "choose --text_column from text, id, score",
         "--files bad.jsonl": "bad.jsonl can't be read: line 3 is not JSON: Expecting value",
         "--files list.jsonl": "list.jsonl can't be read: row 2 is not a JSON object",
         "--files nulls.jsonl": "there is no text in the source (2 rows without text were skipped)",
         "--files empty.jsonl": "there is no text in the source",
         "--files empty.parquet": "there is no text in the source",
-        "--files numbers.parquet": "numbers.parquet can't be read: column text is int64, no text",
+        "--files numbers.parquet": "numbers.parquet can't be read: column text is int64, not text",
         "--files bad.parquet": "bad.parquet can't be read",
         "--files bad.jsonl.gz": "bad.jsonl.gz can't be read",
         "--verify": "has no manifest.json",
@@ -899,7 +901,7 @@ def test_a_column_of_another_type_is_named_with_its_type(here, capsys):
         pq.write_table(pa.table({"text": array}), "a.parquet")
         error = error_of(capsys, "--files", "a.parquet", "--out=out")
         assert f"a.parquet can't be read: column text is {kind}" in error
-        assert "not text; choose --text_column" in error
+        assert "not text; choose another --text_column" in error
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with a name")

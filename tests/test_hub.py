@@ -240,7 +240,8 @@ def test_wrong_names_are_errors_at_once(texts):
         "--dataset=some/many": "Please pick one among the available configs: ['big', 'small']",
         "--dataset=some/program": "Dataset scripts are no longer supported, but found program.py",
         "--dataset=some/texts --name=large": "'large' not found. Available: ['default', 'small']",
-        "--dataset=some/texts --text_column=body": "body; choose --text_column from text, url",
+        "--dataset=some/texts --text_column=body": "it has no column body; "
+        "choose --text_column from text, url",
     }.items():
         out = texts.run(*args.split(), "--encoding=bytes", "--out=out", code=1)
         assert message in out and "trying again" not in out, out
