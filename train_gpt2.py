@@ -1800,7 +1800,7 @@ def use_model(cfg, checkpoint, pretrained):
 def main(argv=None):
     """Run the command line. Returns the exit code."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may lack letters
+        sys.stdout.reconfigure(errors="replace")  # the terminal may not know every character
     try:
         cfg, checkpoint, pretrained = resolve_config(parse_flags(argv))
         with explain_out_of_memory(cfg):

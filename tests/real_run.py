@@ -426,7 +426,7 @@ def main() -> None:
     end = began + args.limit
     # Whoever stops this program stops what it has started, too.
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack letters
+    sys.stdout.reconfigure(errors="replace")  # the terminal may not know every character
     settings = REAL
     if args.rehearse:
         settings = TINY
